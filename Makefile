@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# A thin face: the module for this host's kernel is built here, everything else
+# happens in scripts/bootstrap (a Debian sysroot in the cache) and cargo xtask.
+
+KVER ?= $(shell uname -r)
+KDIR ?= /lib/modules/$(KVER)/build
+MO := $(CURDIR)/target/module-$(KVER)
+DESTDIR ?=
+PREFIX ?= /usr/local
+
+all: preflight
+	$(MAKE) -C $(KDIR) M=$(CURDIR) MO=$(MO) modules
+	@echo "built $(MO)/thinram.ko"
+
+preflight:
+	@KDIR="$(KDIR)" KVER="$(KVER)" scripts/preflight
+
+kdir module check test demo bench host-shell uml-shell setup:
+	@scripts/bootstrap $@ $(ARGS)
+
+ctl:
+	cargo build --release --package thinramctl
+
+install: all ctl
+	$(MAKE) -C $(KDIR) M=$(CURDIR) MO=$(MO) INSTALL_MOD_PATH=$(DESTDIR) modules_install
+	$(if $(DESTDIR),,depmod $(KVER))
+	install -D -m 755 target/release/thinramctl $(DESTDIR)$(PREFIX)/sbin/thinramctl
+
+clean:
+	rm -rf target
+
+help:
+	@echo 'On a KVM host:'
+	@echo '  make            build thinram.ko for the running kernel (or KDIR=, KVER=)'
+	@echo '  make kdir       prepare a KDIR from the distribution'"'"'s kernel source'
+	@echo '  make install    install the module and thinramctl (DESTDIR=, PREFIX=)'
+	@echo 'Anywhere (in a Debian sysroot that is made below ~/.cache/thinram):'
+	@echo '  make demo       three KVM guests share memory on a stock kernel'
+	@echo '  make test       every test;   make check   formatting, lints, layering'
+	@echo '  make bench      ThinRAM against KSM, at native speed'
+	@echo '  make module     build thinram.ko for the stock Debian kernel'
+	@echo '  make host-shell a shell in the KVM host;  make uml-shell  in UML'
+	@echo '  make clean      remove target/'
+
+.PHONY: all preflight kdir module check test demo bench host-shell uml-shell setup ctl install clean help
