@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Runs cases in processes of their own and reports in KTAP.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use nix::mount::{umount, umount2, MntFlags};
+use nix::sys::signal::{killpg, Signal};
+use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
+use nix::unistd::Pid;
+
+use crate::check::{Corrupt, Skip};
+use crate::ctx::{Ctx, Fs, Setup};
+use crate::sys;
+use crate::sysfs::Sys;
+
+/// Where a case makes sense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum On {
+    /// On both file systems.
+    Both,
+    /// On ThinRAM only.
+    Thinram,
+}
+
+/// One test.
+pub struct Case {
+    /// `topic/name`.
+    pub name: &'static str,
+    /// One line on what it asserts.
+    pub checks: &'static str,
+    /// Where it makes sense.
+    pub on: On,
+    /// Seconds after which it hangs, without what grows with `--scale`.
+    pub limit: f64,
+    /// Seconds that it runs at scale 1 where it is bounded by time, else 0.
+    pub span: f64,
+    /// The test.
+    pub run: fn(&Ctx) -> Result<()>,
+}
+
+impl Case {
+    /// A case on both file systems with the usual limit.
+    pub const fn both(
+        name: &'static str,
+        checks: &'static str,
+        run: fn(&Ctx) -> Result<()>,
+    ) -> Case {
+        Case {
+            name,
+            checks,
+            on: On::Both,
+            limit: 20.0,
+            span: 0.0,
+            run,
+        }
+    }
+
+    /// A case that needs ThinRAM, with the usual limit.
+    pub const fn thinram(
+        name: &'static str,
+        checks: &'static str,
+        run: fn(&Ctx) -> Result<()>,
+    ) -> Case {
+        Case {
+            name,
+            checks,
+            on: On::Thinram,
+            limit: 60.0,
+            span: 0.0,
+            run,
+        }
+    }
+
+    /// With another limit.
+    pub const fn limit(self, seconds: f64) -> Case {
+        Case {
+            limit: seconds,
+            ..self
+        }
+    }
+
+    /// Bounded by time.
+    pub const fn span(self, seconds: f64) -> Case {
+        Case {
+            span: seconds,
+            ..self
+        }
+    }
+
+    /// Whether it can run on `fs`.
+    pub fn fits(&self, fs: Fs) -> bool {
+        self.on == On::Both || fs == Fs::Thinram
+    }
+
+    /// Limit on the time of the whole child.
+    pub fn time_limit(&self, setup: &Setup) -> Duration {
+        Duration::from_secs_f64((self.limit + self.span * setup.scale * 2.0) * setup.patience)
+    }
+}
+
+const EXIT_FAIL: i32 = 1;
+const EXIT_SKIP: i32 = 77;
+const EXIT_CORRUPT: i32 = 78;
+
+/// How a case ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Well.
+    Pass,
+    /// It cannot say anything here.
+    Skip(String),
+    /// It saw data that nobody wrote.
+    Corrupt,
+    /// Otherwise.
+    Fail,
+}
+
+/// What the last line of a child says why it skipped.
+const SKIP_MARK: &str = "SKIP: ";
+
+/// The child's side: runs `case` in `dir` and returns the exit code.
+pub fn run_child(case: &Case, setup: Setup, dir: &Path) -> i32 {
+    sys::die_with_parent();
+    let ctx = Ctx::new(setup, dir.to_owned());
+    let result = ctx.start_clean().and_then(|()| (case.run)(&ctx));
+    let code = match &result {
+        Ok(()) => 0,
+        Err(e) => match (e.downcast_ref::<Skip>(), e.downcast_ref::<Corrupt>()) {
+            (Some(skip), _) => {
+                println!("{SKIP_MARK}{skip}");
+                EXIT_SKIP
+            }
+            (_, Some(_)) => {
+                println!("{e:#}");
+                EXIT_CORRUPT
+            }
+            _ => {
+                println!("{e:#}");
+                EXIT_FAIL
+            }
+        },
+    };
+    if ctx.leaked_mount() {
+        println!("a mount of the case is still busy");
+        return if code == 0 { EXIT_FAIL } else { code };
+    }
+    code
+}
+
+/// The parent's side: runs `case` in a child, shows what it says, and cleans up after it.
+pub fn run_case(case: &Case, setup: &Setup) -> Result<Verdict> {
+    let dir = setup.base.join(case.name.replace('/', "-"));
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let sys = (setup.fs == Fs::Thinram).then(|| Sys::new(&setup.sys));
+    let before = sys.as_ref().map(Sys::snapshot);
+
+    let limit = case.time_limit(setup);
+    let (mut verdict, mut said) = match spawn(case, setup, &dir) {
+        Ok((child, lines)) => watch(child, &lines, limit)?,
+        Err(e) => (Verdict::Fail, vec![format!("{e:#}")]),
+    };
+    let mut problems = reap_orphans();
+    problems.extend(take_down(&dir)?);
+    if let (Some(sys), Some(before)) = (&sys, &before) {
+        problems.extend(sys.restore(before));
+        problems.extend(leftovers(sys));
+    }
+    if fs::remove_dir_all(&dir).is_err() {
+        problems.push(format!("{} cannot be removed", dir.display()));
+    }
+    if !problems.is_empty() {
+        for problem in problems {
+            comment(&problem);
+        }
+        if !matches!(verdict, Verdict::Corrupt) {
+            verdict = Verdict::Fail;
+        }
+    }
+    if let (Verdict::Skip(why), Some(last)) = (&mut verdict, said.pop()) {
+        *why = last.strip_prefix(SKIP_MARK).unwrap_or(&last).to_owned();
+    }
+    Ok(verdict)
+}
+
+fn spawn(case: &Case, setup: &Setup, dir: &Path) -> Result<(Child, Receiver<String>)> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("child").arg(case.name).arg(dir);
+    command.args(["--fs", setup.fs.name()]);
+    command
+        .arg("--mount")
+        .arg(&setup.base)
+        .arg("--sys")
+        .arg(&setup.sys);
+    command.arg("--debugfs").arg(&setup.debug);
+    command.arg("--scale").arg(setup.scale.to_string());
+    command.arg("--patience").arg(setup.patience.to_string());
+    command.arg("--seed").arg(setup.seed.to_string());
+    if let Some(ko) = &setup.ko {
+        command.arg("--ko").arg(ko);
+    }
+    if let Some(disk) = &setup.disk {
+        command.arg("--disk").arg(disk);
+    }
+    command
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().context("start a child of /proc/self/exe")?;
+    let (sender, lines) = channel();
+    let streams: [Option<Box<dyn std::io::Read + Send>>; 2] = [
+        child
+            .stdout
+            .take()
+            .map(|s| Box::new(s) as Box<dyn std::io::Read + Send>),
+        child
+            .stderr
+            .take()
+            .map(|s| Box::new(s) as Box<dyn std::io::Read + Send>),
+    ];
+    for stream in streams.into_iter().flatten() {
+        let sender = sender.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
+                if sender
+                    .send(String::from_utf8_lossy(&line).into_owned())
+                    .is_err()
+                {
+                    return;
+                }
+            }
+        });
+    }
+    Ok((child, lines))
+}
+
+/// Shows a child's lines until it ends or its time is over.
+fn watch(
+    mut child: Child,
+    lines: &Receiver<String>,
+    limit: Duration,
+) -> Result<(Verdict, Vec<String>)> {
+    let start = Instant::now();
+    let mut said = Vec::new();
+    let group = Pid::from_raw(i32::try_from(child.id())?);
+    let mut hear = |wait: Duration| match lines.recv_timeout(wait) {
+        Ok(line) => {
+            if !line.starts_with(SKIP_MARK) {
+                comment(&line);
+            }
+            said.push(line);
+            true
+        }
+        Err(RecvTimeoutError::Timeout) => true,
+        Err(RecvTimeoutError::Disconnected) => false,
+    };
+    let mut timed_out = false;
+    let status = loop {
+        hear(Duration::from_millis(10));
+        if let Some(status) = child.try_wait()? {
+            break Some(status);
+        }
+        if start.elapsed() > limit {
+            timed_out = true;
+            // The group may have ended in this very moment.
+            let _ended = killpg(group, Signal::SIGKILL);
+            break wait_killed(&mut child)?;
+        }
+    };
+    // Helpers of the case that still run hold the pipe open.
+    let _ended = killpg(group, Signal::SIGKILL);
+    let drain = Instant::now();
+    while drain.elapsed() < Duration::from_secs(2) && hear(Duration::from_millis(10)) {}
+    let verdict = match status {
+        _ if timed_out => {
+            comment(&format!("expected an end within {limit:?}, killed"));
+            if status.is_none() {
+                comment("the child does not even die: it hangs in the kernel");
+            }
+            Verdict::Fail
+        }
+        Some(status) => verdict_of(status),
+        None => Verdict::Fail,
+    };
+    Ok((verdict, said))
+}
+
+fn wait_killed(child: &mut Child) -> Result<Option<ExitStatus>> {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(10) {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(None)
+}
+
+fn verdict_of(status: ExitStatus) -> Verdict {
+    match status.code() {
+        Some(0) => Verdict::Pass,
+        Some(EXIT_SKIP) => Verdict::Skip(String::new()),
+        Some(EXIT_CORRUPT) => Verdict::Corrupt,
+        Some(EXIT_FAIL) => Verdict::Fail,
+        _ => {
+            comment(&format!("expected an exit code, seen {status}"));
+            Verdict::Fail
+        }
+    }
+}
+
+/// Ends and reaps what cases forked and lost; each is a defect of the case.
+fn reap_orphans() -> Vec<String> {
+    let mut problems = Vec::new();
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) | Err(_) => return problems,
+            // Killed with its group above: no more than late.
+            Ok(WaitStatus::Signaled(_, Signal::SIGKILL, _) | WaitStatus::Exited(..)) => {}
+            Ok(other) => problems.push(format!("a helper ended with {other:?}")),
+        }
+    }
+}
+
+/// Takes down every mount at or below `dir`, the innermost first.
+fn take_down(dir: &Path) -> Result<Vec<String>> {
+    let mut problems = Vec::new();
+    let table = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
+    let mut points: Vec<PathBuf> = table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .map(|field| PathBuf::from(field.replace("\\040", " ")))
+        .filter(|path| path.starts_with(dir))
+        .collect();
+    points.reverse();
+    for point in points {
+        let gone = (0..100).any(|_| {
+            umount(&point).is_ok() || {
+                std::thread::sleep(Duration::from_millis(20));
+                false
+            }
+        });
+        if !gone {
+            problems.push(format!("{} stays busy, detached", point.display()));
+            umount2(&point, MntFlags::MNT_DETACH)
+                .with_context(|| format!("detach {}", point.display()))?;
+        }
+    }
+    Ok(problems)
+}
+
+/// VMs that outlive the mounts of their case.
+fn leftovers(sys: &Sys) -> Vec<String> {
+    let start = Instant::now();
+    loop {
+        match sys.vms() {
+            Ok(left) if left.is_empty() => return Vec::new(),
+            Ok(_) if start.elapsed() < Duration::from_secs(5) => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(left) => return vec![format!("VMs outlive their mount: {left:?}")],
+            Err(e) => return vec![format!("{e:#}")],
+        }
+    }
+}
+
+/// Prints one diagnostic line.
+pub fn comment(line: &str) {
+    println!("# {line}");
+    flush();
+}
+
+fn flush() {
+    // A console that is gone cannot be told so.
+    let _ignored = std::io::stdout().flush();
+}
+
+/// Numbers of a whole run.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Totals {
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+}
+
+/// Prints a KTAP plan and then one result after the other.
+pub struct Report {
+    next: usize,
+    totals: Totals,
+    reasons: BTreeMap<String, usize>,
+}
+
+impl Report {
+    /// Starts the report of `count` results.
+    pub fn start(count: usize) -> Report {
+        println!("KTAP version 1\n1..{count}");
+        flush();
+        Report {
+            next: 1,
+            totals: Totals::default(),
+            reasons: BTreeMap::new(),
+        }
+    }
+
+    /// Prints one result.
+    pub fn result(&mut self, name: &str, verdict: &Verdict, took: Duration) {
+        let number = self.next;
+        self.next += 1;
+        match verdict {
+            Verdict::Pass => {
+                self.totals.passed += 1;
+                println!("# {name}: {:.1} s", took.as_secs_f64());
+                println!("ok {number} {name}");
+            }
+            Verdict::Skip(why) => {
+                self.totals.skipped += 1;
+                *self.reasons.entry(why.clone()).or_default() += 1;
+                println!("ok {number} {name} # SKIP {why}");
+            }
+            Verdict::Corrupt | Verdict::Fail => {
+                self.totals.failed += 1;
+                println!("# {name}: {:.1} s", took.as_secs_f64());
+                println!("not ok {number} {name}");
+            }
+        }
+        flush();
+    }
+
+    /// Prints the totals; an error where a result was bad or nothing passed.
+    pub fn end(self) -> Result<()> {
+        let Totals {
+            passed,
+            failed,
+            skipped,
+        } = self.totals;
+        for (why, count) in &self.reasons {
+            comment(&format!("skipped {count}: {why}"));
+        }
+        comment(&format!(
+            "Totals: pass:{passed} fail:{failed} skip:{skipped} total:{}",
+            passed + failed + skipped
+        ));
+        if failed > 0 {
+            bail!("{failed} of {} cases failed", passed + failed + skipped);
+        }
+        if passed == 0 {
+            bail!("no case passed: the filter fits none, or all were skipped");
+        }
+        Ok(())
+    }
+}
