@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What each command does.
+
+use crate::output;
+use crate::Usage;
+use anyhow::bail;
+use serde::Serialize;
+use serde_json::Value;
+use std::ffi::OsStr;
+use std::thread;
+use std::time::Duration;
+use thinramctl::cli::{Cli, Command, VmCommand};
+use thinramctl::host::{knob_json, Host, HostFigures};
+use thinramctl::knobs::{nearest, Knob, Scope};
+use thinramctl::status::{render_vm, Status, VmDetail};
+use thinramctl::sysfs::{Dir, Error};
+use thinramctl::text::escape;
+use thinramctl::vm::{Vm, VmFigures, VmName};
+
+/// Figures of the host that are not in its struct of numbers.
+const OTHER_FIGURES: [&str; 2] = ["state", "general_profit"];
+
+/// Does what the command line says.
+pub fn run(cli: &Cli) -> anyhow::Result<()> {
+    match &cli.command {
+        Command::Status { watch, count } => status(cli, *watch, *count),
+        Command::Get { name } => get(cli, &Target::host(cli)?, name),
+        Command::Set { name, value } => set(cli, None, name, value),
+        Command::Vm(VmCommand::List) => list(cli),
+        Command::Vm(VmCommand::Show { vm }) => show(cli, vm),
+        Command::Vm(VmCommand::Get { vm, name }) => get(cli, &Target::vm(cli, vm)?, name),
+        Command::Vm(VmCommand::Set { vm, name, value }) => set(cli, Some(vm), name, value),
+    }
+}
+
+fn status(cli: &Cli, watch: Option<Duration>, count: Option<u64>) -> anyhow::Result<()> {
+    let mut shown = 0;
+    loop {
+        let status = Status::read(&Dir::open(&cli.root)?)?;
+        if cli.json {
+            output::print_json(&status, watch.is_some())?;
+        } else {
+            let screen = status.render(output::width());
+            let before = match (watch, output::is_terminal(), shown) {
+                (Some(_), true, _) => "\x1b[H\x1b[2J",
+                (Some(_), false, 1..) => "\n",
+                _ => "",
+            };
+            output::print(&format!("{before}{screen}"))?;
+        }
+        shown += 1;
+        match watch {
+            Some(pause) if count.is_none_or(|count| shown < count) => thread::sleep(pause),
+            _ => return Ok(()),
+        }
+    }
+}
+
+fn list(cli: &Cli) -> anyhow::Result<()> {
+    let status = Status::read(&Dir::open(&cli.root)?)?;
+    if cli.json {
+        #[derive(Serialize)]
+        struct List<'a> {
+            vms: &'a [Vm],
+        }
+        output::print_json(&List { vms: &status.vms }, false)
+    } else {
+        output::print(&status.render_vms(output::width()))
+    }
+}
+
+fn show(cli: &Cli, name: &OsStr) -> anyhow::Result<()> {
+    let dir = Dir::open(&cli.root)?;
+    let vms = dir.child("vms");
+    let name = find_vm(&vms, name)?;
+    let Some(vm) = Vm::read(&vms, &name)? else {
+        bail!("VM {} ended while it was read", name.shown());
+    };
+    if cli.json {
+        output::print_json(
+            &VmDetail {
+                vm: &vm,
+                sum_check: vm.sum_check(),
+            },
+            false,
+        )
+    } else {
+        let host = Host::read(&dir)?;
+        output::print(&render_vm(&vm, &host, output::width()))
+    }
+}
+
+/// The VM that an operator means: by its name, or by its name as it is shown.
+fn find_vm(vms: &Dir, wanted: &OsStr) -> anyhow::Result<VmName> {
+    let names: Vec<VmName> = vms.dirs()?.into_iter().map(VmName::new).collect();
+    let found = names.iter().find(|name| name.raw() == wanted).or_else(|| {
+        names
+            .iter()
+            .find(|name| OsStr::new(&name.shown()) == wanted)
+    });
+    match found {
+        Some(name) => Ok(name.clone()),
+        None => {
+            let wanted = escape(wanted.as_encoded_bytes());
+            let shown: Vec<String> = names.iter().map(VmName::shown).collect();
+            let near = nearest(&wanted, shown.iter().map(String::as_str));
+            match (near.as_slice(), shown.as_slice()) {
+                ([], []) => bail!("no VM is named {wanted}: there is none at all"),
+                ([], _) => bail!("no VM is named {wanted}: see thinramctl vm list"),
+                (near, _) => bail!("no VM is named {wanted}: do you mean {}?", near.join(", ")),
+            }
+        }
+    }
+}
+
+/// The directory whose files are read or written.
+struct Target {
+    scope: Scope,
+    dir: Dir,
+    vm: Option<VmName>,
+}
+
+#[derive(Serialize)]
+struct Shown<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vm: Option<String>,
+    name: &'a str,
+    value: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    previous: Option<Value>,
+}
+
+impl Target {
+    fn host(cli: &Cli) -> anyhow::Result<Self> {
+        Ok(Self {
+            scope: Scope::Host,
+            dir: Dir::open(&cli.root)?,
+            vm: None,
+        })
+    }
+
+    fn vm(cli: &Cli, name: &OsStr) -> anyhow::Result<Self> {
+        let vms = Dir::open(&cli.root)?.child("vms");
+        let name = find_vm(&vms, name)?;
+        Ok(Self {
+            scope: Scope::Vm,
+            dir: vms.child(name.raw()),
+            vm: Some(name),
+        })
+    }
+
+    /// Reads a file; `None` where the module does not have it.
+    fn read(&self, name: &str) -> anyhow::Result<Option<String>> {
+        let value = self.dir.read(name)?;
+        match (&value, &self.vm) {
+            (None, Some(vm)) if !self.dir.exists() => {
+                bail!("VM {} ended while it was read", vm.shown())
+            }
+            _ => Ok(value),
+        }
+    }
+
+    fn json(&self, name: &str, value: &str) -> Value {
+        match Knob::find(self.scope, name) {
+            Some(knob) => knob_json(knob, value),
+            None => match value.parse::<i64>() {
+                Ok(number) => number.into(),
+                Err(_) => value
+                    .parse::<u64>()
+                    .map_or_else(|_| value.into(), Value::from),
+            },
+        }
+    }
+
+    fn vm_shown(&self) -> Option<String> {
+        self.vm.as_ref().map(VmName::shown)
+    }
+}
+
+/// Names of the files that a scope is known to have.
+fn known_names(scope: Scope) -> Vec<&'static str> {
+    let mut names: Vec<&str> = Knob::all(scope).map(|knob| knob.name).collect();
+    match scope {
+        Scope::Host => names.extend(HostFigures::NAMES.iter().chain(&OTHER_FIGURES)),
+        Scope::Vm => names.extend(VmFigures::NAMES.iter().chain(&["stat"])),
+    }
+    names
+}
+
+/// The mistake of naming something that is not there.
+fn unknown(scope: Scope, name: &str, candidates: &[&str]) -> anyhow::Error {
+    let what = match scope {
+        Scope::Host => "the host",
+        Scope::Vm => "a VM",
+    };
+    let near = nearest(name, candidates.iter().copied());
+    let hint = match near.as_slice() {
+        [] => format!("there are {}", candidates.join(", ")),
+        near => format!("do you mean {}?", near.join(", ")),
+    };
+    Usage(format!(
+        "{what} has no `{}`: {hint}",
+        escape(name.as_bytes())
+    ))
+    .into()
+}
+
+/// A file of a directory, and neither the directory nor one elsewhere.
+fn is_plain(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0'])
+}
+
+fn get(cli: &Cli, target: &Target, name: &str) -> anyhow::Result<()> {
+    let known = known_names(target.scope);
+    if !is_plain(name) || target.dir.child(name).exists() {
+        return Err(unknown(target.scope, name, &known));
+    }
+    let Some(value) = target.read(name)? else {
+        if known.contains(&name) {
+            bail!("this module has no `{name}`");
+        }
+        return Err(unknown(target.scope, name, &known));
+    };
+    if cli.json {
+        let value = target.json(name, &value);
+        output::print_json(
+            &Shown {
+                vm: target.vm_shown(),
+                name,
+                value,
+                previous: None,
+            },
+            false,
+        )
+    } else {
+        output::print(&format!("{value}\n"))
+    }
+}
+
+fn set(cli: &Cli, vm: Option<&OsStr>, name: &str, text: &str) -> anyhow::Result<()> {
+    let scope = if vm.is_some() { Scope::Vm } else { Scope::Host };
+    let knob = Knob::find(scope, name);
+    // What is wrong whatever the system says comes first.
+    let value = match knob {
+        Some(knob) => knob.parse(text).map_err(|error| Usage(error.to_string()))?,
+        None if known_names(scope).contains(&name) => {
+            return Err(Usage(format!("`{name}` is a figure of the module, no knob")).into());
+        }
+        None => text.to_owned(),
+    };
+    let target = match vm {
+        Some(vm) => Target::vm(cli, vm)?,
+        None => Target::host(cli)?,
+    };
+    let knobs: Vec<&str> = Knob::all(scope).map(|knob| knob.name).collect();
+    match if is_plain(name) {
+        target.dir.writable(name)
+    } else {
+        None
+    } {
+        Some(true) => {}
+        Some(false) => bail!("{name} of this module cannot be set: it is read-only"),
+        None if knob.is_some() && (target.vm.is_none() || target.dir.exists()) => {
+            bail!("this module has no `{name}`")
+        }
+        None if knob.is_some() => bail!("VM {} ended", target.vm_shown().unwrap_or_default()),
+        None => return Err(unknown(scope, name, &knobs)),
+    }
+    let previous = target.read(name)?;
+    target
+        .dir
+        .write(name, &value)
+        .map_err(|error| match (knob, &error) {
+            (Some(knob), Error::Io { .. }) => anyhow::anyhow!(knob.explain(&value, &error)),
+            _ => error.into(),
+        })?;
+    let Some(now) = target.read(name)? else {
+        bail!("{name} was written, and is gone now");
+    };
+    if cli.json {
+        let previous = previous.map(|previous| target.json(name, &previous));
+        let value = target.json(name, &now);
+        return output::print_json(
+            &Shown {
+                vm: target.vm_shown(),
+                name,
+                value,
+                previous,
+            },
+            false,
+        );
+    }
+    let show = |value: &str| knob.map_or_else(|| escape(value.as_bytes()), |knob| knob.show(value));
+    let of = target
+        .vm_shown()
+        .map(|vm| format!(" of {vm}"))
+        .unwrap_or_default();
+    let before = previous.map_or_else(|| "?".to_owned(), |previous| show(&previous));
+    let mut line = format!("{name}{of}: {before} -> {}", show(&now));
+    if now != value {
+        line.push_str(&format!(" (asked for {})", show(&value)));
+    }
+    output::print(&(line + "\n"))
+}

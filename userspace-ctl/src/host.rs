@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! One snapshot of the host's part of the module.
+
+use crate::figures::figures;
+use crate::knobs::{Knob, Scope};
+use crate::sysfs::{Dir, Error};
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use std::collections::BTreeMap;
+
+figures! {
+    /// The host's counters; one that the module does not have is `None`.
+    pub struct HostFigures {
+        /// Pages looked at since the module was loaded.
+        pages_scanned,
+        /// Passes over all memory.
+        full_scans,
+        /// Shared pages with one sharer or more, in any form.
+        pages_shared,
+        /// Sum of (sharers - 1) over all shared pages.
+        pages_sharing,
+        /// Slots that are zero.
+        zero_pages,
+        /// Memory that sharing and zero pages save, in KiB.
+        saved_kb,
+        /// Frames of shared pages, in KiB.
+        shared_frames_kb,
+        /// Shared pages that are compressed, in KiB of what they were.
+        shared_compressed_kb,
+        /// Shared pages that are swapped, in KiB of what they were.
+        shared_swapped_kb,
+        /// Pages that were checked and are unique.
+        pages_unshared,
+        /// Pages that changed since the last pass.
+        pages_volatile,
+        /// Pages that were not looked at, for they changed too often.
+        pages_skipped,
+        /// Shared and zero pages that were written and copied.
+        cow_breaks,
+        /// Memory of the module's own bookkeeping, in bytes.
+        metadata_bytes,
+        /// CPU time of the scanner, in ms.
+        scan_cpu_ms,
+    }
+}
+
+/// What the module says about the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Host {
+    /// `high`, `clear`, `soft`, `hard` or `low`.
+    pub state: Option<String>,
+    /// The counters.
+    pub figures: HostFigures,
+    /// Saved bytes less metadata.
+    pub general_profit: Option<i64>,
+    /// Knobs that the module has, by name.
+    pub knobs: BTreeMap<&'static str, String>,
+    /// Counters of refusals, by name.
+    pub refusals: BTreeMap<String, u64>,
+}
+
+/// Whether a file of the host directory counts a reason of refusal.
+pub fn is_refusal(name: &str) -> bool {
+    name.split('_').any(|part| part == "refused")
+}
+
+impl Host {
+    /// Reads everything that is there.
+    pub fn read(dir: &Dir) -> Result<Self, Error> {
+        let mut host = Self {
+            state: dir.read("state")?,
+            general_profit: dir.signed("general_profit")?,
+            knobs: read_knobs(dir, Scope::Host)?,
+            ..Self::default()
+        };
+        for name in HostFigures::NAMES {
+            if let Some(value) = dir.number(name)? {
+                host.figures.set(name, value);
+            }
+        }
+        for name in dir.files()? {
+            let Some(name) = name.to_str().filter(|name| is_refusal(name)) else {
+                continue;
+            };
+            if let Some(value) = dir.number(name)? {
+                host.refusals.insert(name.to_owned(), value);
+            }
+        }
+        Ok(host)
+    }
+}
+
+/// Reads the knobs of a scope that are there.
+pub(crate) fn read_knobs(dir: &Dir, scope: Scope) -> Result<BTreeMap<&'static str, String>, Error> {
+    let mut knobs = BTreeMap::new();
+    for knob in Knob::all(scope) {
+        if let Some(value) = dir.read(knob.name)? {
+            if knob.is_number() {
+                dir.number(knob.name)?;
+            }
+            knobs.insert(knob.name, value);
+        }
+    }
+    Ok(knobs)
+}
+
+/// A knob's value as JSON: numbers as numbers.
+pub fn knob_json(knob: &Knob, value: &str) -> serde_json::Value {
+    match value.parse::<u64>() {
+        Ok(number) if knob.is_number() => number.into(),
+        _ => value.into(),
+    }
+}
+
+/// Puts the knobs into a JSON object.
+pub(crate) fn serialize_knobs<M: SerializeMap>(
+    map: &mut M,
+    scope: Scope,
+    knobs: &BTreeMap<&'static str, String>,
+) -> Result<(), M::Error> {
+    for knob in Knob::all(scope) {
+        if let Some(value) = knobs.get(knob.name) {
+            map.serialize_entry(knob.name, &knob_json(knob, value))?;
+        }
+    }
+    Ok(())
+}
+
+impl Serialize for Host {
+    /// One object: every figure and knob under its sysfs name.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        if let Some(state) = &self.state {
+            map.serialize_entry("state", state)?;
+        }
+        for name in HostFigures::NAMES {
+            if let Some(value) = self.figures.get(name) {
+                map.serialize_entry(name, &value)?;
+            }
+        }
+        if let Some(profit) = self.general_profit {
+            map.serialize_entry("general_profit", &profit)?;
+        }
+        for (name, value) in &self.refusals {
+            map.serialize_entry(name, value)?;
+        }
+        serialize_knobs(&mut map, Scope::Host, &self.knobs)?;
+        map.end()
+    }
+}

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What `thinramctl` is made of.
+//!
+//! Reading and writing ([`sysfs`], [`host`], [`vm`]) is kept apart from what is shown ([`table`],
+//! [`status`]), so that every screen is a pure function of a snapshot and a width.
+
+pub mod cli;
+mod figures;
+pub mod host;
+pub mod knobs;
+pub mod status;
+pub mod sysfs;
+pub mod table;
+pub mod text;
+pub mod units;
+pub mod vm;

@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of the program and of what needs files: one binary, so that it links once.
+
+mod cli;
+mod race;
+mod tree;
