@@ -1,3 +1,113 @@
 // SPDX-License-Identifier: GPL-2.0
 
-fn main() {}
+//! The work behind `make`: sysroot, kernels, boots, verdicts, reports.
+
+mod env;
+mod ktap;
+mod setup;
+mod step;
+mod vm;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use std::time::Duration;
+
+#[derive(Parser)]
+#[command(about = "Builds, tests and shows ThinRAM inside its sysroot")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Prepare everything that the other commands need
+    Setup,
+    /// Prepare a KDIR for modules of the stock kernel and name it
+    Kdir,
+    /// Build target/module/thinram.ko for the stock kernel
+    Module,
+    /// Run a shell command as root in a kernel of its own and show what it says
+    Run {
+        /// Which kernel
+        #[arg(value_enum)]
+        place: vm::Place,
+        /// The command, for a shell
+        command: String,
+        /// Give up after this many seconds
+        #[arg(long, default_value_t = 600)]
+        timeout: u64,
+        /// Memory of the machine in MiB
+        #[arg(long, default_value_t = 2048)]
+        memory: u32,
+    },
+    /// A shell in a virtual KVM host
+    HostShell,
+    /// A shell in User-Mode Linux
+    UmlShell,
+    /// Remove target/
+    Clean,
+}
+
+fn main() -> ExitCode {
+    match work(Cli::parse().command) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("xtask: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn work(task: Task) -> Result<ExitCode> {
+    env::require_sysroot()?;
+    let kernel = setup::packages()?;
+    match task {
+        Task::Setup => {
+            setup::stock(&kernel)?;
+            setup::kdir(&kernel)?;
+            vm::host_initramfs(&kernel)?;
+            step::say(format!("{:?}", vm::hardware(&kernel)?));
+            setup::guest_kernel(&kernel)?;
+            setup::uml(&kernel)?;
+        }
+        Task::Kdir => {
+            let dir = setup::kdir(&kernel)?;
+            let host = std::env::var("THINRAM_HOST_CACHE").unwrap_or_default();
+            println!("{}", dir.display().to_string().replacen(env::CACHE, &host, 1));
+        }
+        Task::Module => println!("{}", setup::module(&kernel, &[])?.display()),
+        Task::Run { place, command, timeout, memory } => {
+            let job = vm::Job {
+                name: format!("run-{place:?}").to_lowercase(),
+                place,
+                script: command,
+                timeout: Duration::from_secs(timeout),
+                memory_mib: memory,
+                append: String::new(),
+            };
+            let run = vm::execute(&kernel, &job)?;
+            print!("{}", run.output);
+            step::say(format!("{}, logs in {}", step::took(run.time), run.dir.display()));
+            for problem in &run.problems {
+                step::say(problem);
+            }
+            if run.exit != Some(0) || !run.problems.is_empty() {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Task::HostShell => vm::shell(&kernel, vm::Place::KvmHost, "", 2048)?,
+        Task::UmlShell => {
+            setup::uml(&kernel)?;
+            vm::shell(&kernel, vm::Place::Uml, "", 1024)?;
+        }
+        Task::Clean => {
+            let dir = env::target("");
+            if dir.exists() {
+                std::fs::remove_dir_all(dir)?;
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,433 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Runs a shell script as root on a kernel of its own: the stock kernel under QEMU,
+//! or User-Mode Linux. Both have the sysroot as their root, so every tool, the
+//! checkout and the cache are there. The script's output and the kernel's log come
+//! out apart; a verdict needs both.
+
+use crate::env::{cache, output_of_uname, read, src, target, write, Kernel};
+use crate::ktap::{self, Test};
+use crate::setup;
+use crate::step::{last_line, output, run, say, stamp, step, tail, tied, took, Progress};
+use anyhow::{bail, Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// What the machine's own /dev/kvm can do, found by booting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hardware {
+    /// Nothing, or it is not there: emulate.
+    None,
+    /// It boots the stock kernel, but without a /dev/kvm in it.
+    Plain,
+    /// It boots the stock kernel, which can run guests itself.
+    Nested,
+}
+
+/// The kernel that a script runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Place {
+    /// The stock kernel with /dev/kvm. One CPU where it is emulated: emulated SVM resets guests with two.
+    KvmHost,
+    /// The stock kernel on two CPUs, without guests.
+    SmpHost,
+    /// User-Mode Linux on two CPUs at native speed, the module built in.
+    Uml,
+}
+
+/// One run of a script.
+pub struct Job {
+    /// Names the run's folder below `target/runs`.
+    pub name: String,
+    /// Where it runs.
+    pub place: Place,
+    /// The shell script.
+    pub script: String,
+    /// It is killed after this long.
+    pub timeout: Duration,
+    /// Memory of the machine, in MiB.
+    pub memory_mib: u32,
+    /// More of the kernel's command line.
+    pub append: String,
+}
+
+/// What a run left.
+pub struct Outcome {
+    /// What the script printed.
+    pub output: String,
+    /// The kernel's log.
+    pub kernel_log: String,
+    /// The script's exit status, if it got that far.
+    pub exit: Option<i32>,
+    /// What the kernel complained of, and time-outs.
+    pub problems: Vec<String>,
+    /// How long it took.
+    pub time: Duration,
+    /// The run's folder, with all logs.
+    pub dir: PathBuf,
+}
+
+impl Outcome {
+    /// The run as tests: what its KTAP says, and one for the kernel's log and the end.
+    pub fn tests(&self) -> Vec<Test> {
+        let mut tests = ktap::parse(&self.output);
+        tests.extend(self.health());
+        tests
+    }
+
+    /// Whether the kernel stayed quiet and the script came to its end.
+    pub fn health(&self) -> Vec<Test> {
+        let mut why = self.problems.clone();
+        match self.exit {
+            Some(0) => {}
+            Some(code) => why.push(format!("the script ended with status {code}")),
+            None => why.push(format!("the script did not end, logs in {}", self.dir.display())),
+        }
+        if why.is_empty() {
+            return vec![Test::pass("kernel log is clean, run ended")];
+        }
+        vec![Test::fail("kernel log is clean, run ended", why.join("; "))]
+    }
+}
+
+/// Signs of a kernel in trouble.
+const BAD: &[&str] = &[
+    "BUG:",
+    "WARNING:",
+    "Bad rss-counter",
+    "Bad page state",
+    "Bad page map",
+    "Oops",
+    "Call Trace",
+    "blocked for more than",
+    "Kernel panic",
+    "general protection fault",
+    "KASAN:",
+    "possible circular locking",
+    "suspicious RCU usage",
+    "unreferenced object",
+    "self-detected stall",
+];
+
+/// The lines of a kernel log that say something is wrong.
+pub fn problems(log: &str) -> Vec<String> {
+    let bad = |l: &&str| BAD.iter().any(|b| l.contains(b));
+    let mut found: Vec<String> = log.lines().filter(bad).map(|l| l.trim().to_string()).collect();
+    found.truncate(8);
+    found
+}
+
+fn exit_of(output: &str) -> Option<i32> {
+    let line = output.lines().rev().find_map(|l| l.trim().strip_prefix("thinram-exit: "))?;
+    line.trim().parse().ok()
+}
+
+/// The initramfs with which a virtual host reaches the sysroot.
+pub fn host_initramfs(k: &Kernel) -> Result<PathBuf> {
+    let dest = cache(format!("host-initramfs-{}.cpio", k.abi));
+    let init = read(src("scripts/vm/host-initramfs"))?;
+    let inputs = format!("{}\n{init}", k.version);
+    step("initramfs of the virtual host", &stamp("host-initramfs"), &inputs, || {
+        let modules = ["netfs", "9pnet", "9pnet_virtio", "9p"];
+        let files = [("init", src("scripts/vm/host-initramfs"))];
+        initramfs(k, &dest, &files, &modules)
+    })?;
+    Ok(dest)
+}
+
+/// Makes an initramfs of busybox, the files given (name, source) and modules of the stock kernel.
+pub fn initramfs(
+    k: &Kernel,
+    dest: &Path,
+    files: &[(&str, PathBuf)],
+    modules: &[&str],
+) -> Result<()> {
+    let log = cache("logs/initramfs.log");
+    let dir = dest.with_extension("tmp");
+    if dir.exists() {
+        fs::remove_dir_all(&dir)?;
+    }
+    for d in ["bin", "proc", "sys", "dev", "root", "tmp"] {
+        fs::create_dir_all(dir.join(d))?;
+    }
+    fs::copy("/bin/busybox", dir.join("bin/busybox"))?;
+    for (name, from) in files {
+        fs::copy(from, dir.join(name)).with_context(|| format!("{}", from.display()))?;
+        run(&log, tied("chmod").arg("755").arg(dir.join(name)))?;
+    }
+    for name in modules {
+        let mut find = Command::new("modinfo");
+        find.arg("-b").arg(k.stock().join("usr")).args(["-k", &k.abi, "-F", "filename", name]);
+        let from = PathBuf::from(output(&mut find)?);
+        let to = dir.join(format!("{name}.ko"));
+        match from.extension().and_then(|e| e.to_str()) {
+            Some("xz") => {
+                let out = fs::File::create(&to)?;
+                let status = tied("xz").arg("-dc").arg(&from).stdout(out).status()?;
+                if !status.success() {
+                    bail!("xz -dc {}: {status}", from.display());
+                }
+            }
+            _ => {
+                fs::copy(&from, &to).with_context(|| format!("{}", from.display()))?;
+            }
+        }
+    }
+    let tmp = dest.with_extension("new");
+    let pack = "find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 >\"$0\"";
+    run(&log, tied("sh").args(["-c", pack]).arg(&tmp).current_dir(&dir))?;
+    fs::remove_dir_all(&dir)?;
+    fs::rename(&tmp, dest).with_context(|| format!("{}", dest.display()))
+}
+
+fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command> {
+    let mut c = tied("qemu-system-x86_64");
+    c.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    let nested = job.place == Place::KvmHost;
+    let native = match hardware {
+        Hardware::None => false,
+        Hardware::Plain => !nested,
+        Hardware::Nested => true,
+    };
+    if native {
+        c.args(["-machine", "q35,accel=kvm", "-cpu", "host", "-smp", "2"]);
+    } else if nested {
+        c.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-smp", "1"]);
+        c.args(["-cpu", "EPYC,+svm,+npt,+x2apic"]);
+    } else {
+        c.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-smp", "2"]);
+        c.args(["-cpu", "EPYC,+x2apic"]);
+    }
+    c.args(["-m", &format!("{}M", job.memory_mib)]);
+    c.arg("-kernel").arg(k.vmlinuz()).arg("-initrd").arg(host_initramfs(k)?);
+    c.args(["-virtfs", "local,path=/,mount_tag=root,security_model=none,multidevs=remap"]);
+    c.args(["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng"]);
+    let out = dir.join("output.log");
+    c.args(["-serial", &format!("file:{}", dir.join("kernel.log").display())]);
+    if job.append.contains("thinram.shell=1") {
+        c.args(["-serial", "mon:stdio"]);
+    } else {
+        c.args(["-serial", &format!("file:{}", out.display())]);
+    }
+    c.arg("-append").arg(format!(
+        "console=ttyS0 panic=-1 panic_on_warn=1 oops=panic loglevel=6 thinram.dir={} \
+         thinram.out=/dev/ttyS1 {}",
+        dir.display(),
+        job.append
+    ));
+    Ok(c)
+}
+
+fn uml(linux: &Path, job: &Job, dir: &Path) -> Command {
+    let mut c = tied(linux);
+    c.args([
+        &format!("mem={}M", job.memory_mib),
+        "ncpus=2",
+        "seccomp=on",
+        "rootfstype=hostfs",
+        "rootflags=/",
+        "rw",
+        "init=/src/scripts/vm/init",
+        "con=null",
+        "ssl=null",
+        "panic=-1",
+        "panic_on_warn=1",
+        &format!("thinram.dir={}", dir.display()),
+    ]);
+    if job.append.contains("thinram.shell=1") {
+        c.args(["con0=fd:0,fd:1", "thinram.out=/dev/tty0"]);
+    } else {
+        c.args(["con0=null,fd:1", &format!("thinram.out={}", dir.join("output.log").display())]);
+    }
+    c.args(job.append.split_whitespace());
+    c
+}
+
+fn start(k: &Kernel, job: &Job, hardware: Hardware) -> Result<(Command, PathBuf)> {
+    let dir = target("runs").join(&job.name);
+    if dir.exists() {
+        fs::remove_dir_all(&dir)?;
+    }
+    write(dir.join("job"), &job.script)?;
+    write(dir.join("output.log"), "")?;
+    write(dir.join("kernel.log"), "")?;
+    let cmd = match job.place {
+        Place::Uml => uml(&target("uml/linux"), job, &dir),
+        _ => {
+            setup::stock(k)?;
+            qemu(k, job, &dir, hardware)?
+        }
+    };
+    Ok((cmd, dir))
+}
+
+/// Runs the job to its end, showing its last line meanwhile.
+pub fn execute(k: &Kernel, job: &Job) -> Result<Outcome> {
+    let hardware = match job.place {
+        Place::Uml => Hardware::None,
+        _ => hardware(k)?,
+    };
+    execute_on(k, job, hardware)
+}
+
+fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
+    let (mut cmd, dir) = start(k, job, hardware)?;
+    let host = fs::File::create(dir.join("host.log"))?;
+    let stdout = match job.place {
+        Place::Uml => fs::File::create(dir.join("kernel.log"))?,
+        _ => host.try_clone()?,
+    };
+    cmd.stdin(Stdio::null()).stdout(stdout).stderr(host);
+    let begin = Instant::now();
+    let mut child = cmd.spawn().with_context(|| format!("{cmd:?}"))?;
+    let (out, log) = (dir.join("output.log"), dir.join("kernel.log"));
+    let mut progress = Progress::new();
+    let mut ended: Option<Instant> = None;
+    let mut problems = Vec::new();
+    loop {
+        if child.try_wait()?.is_some() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        progress.tick(|| {
+            let line = last_line(&out);
+            let line = if line.is_empty() { last_line(&log) } else { line };
+            format!("{}: {line}", job.name)
+        });
+        if ended.is_none() && exit_of(&last_line(&out)).is_some() {
+            ended = Some(Instant::now());
+        }
+        if ended.is_some_and(|t| t.elapsed() > Duration::from_secs(20)) {
+            problems.push("did not power off".to_string());
+            kill(&mut child);
+        }
+        if begin.elapsed() > job.timeout {
+            problems.push(format!("timed out after {}", took(job.timeout)));
+            kill(&mut child);
+        }
+    }
+    progress.end();
+    let lossy = |p: &Path| String::from_utf8_lossy(&fs::read(p).unwrap_or_default()).into_owned();
+    let (output, kernel_log) = (lossy(&out), lossy(&log));
+    problems.extend(self::problems(&kernel_log));
+    let exit = exit_of(&output);
+    if exit.is_none() {
+        let said = tail(&dir.join("host.log"), 3);
+        if !said.is_empty() {
+            problems.push(said);
+        }
+    }
+    Ok(Outcome { output, kernel_log, exit, problems, time: begin.elapsed(), dir })
+}
+
+fn kill(child: &mut Child) {
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// A shell in the place, on this terminal.
+pub fn shell(k: &Kernel, place: Place, script: &str, memory_mib: u32) -> Result<()> {
+    let job = Job {
+        name: "shell".into(),
+        place,
+        script: format!("#!/bin/sh\n{script}\nexec bash -i\n"),
+        timeout: Duration::MAX,
+        memory_mib,
+        append: "thinram.shell=1".into(),
+    };
+    let hardware = if place == Place::Uml { Hardware::None } else { hardware(k)? };
+    let (mut cmd, dir) = start(k, &job, hardware)?;
+    run(dir.join("host.log"), tied("chmod").arg("755").arg(dir.join("job")))?;
+    say("`exit` ends it; in QEMU Ctrl-A X kills it");
+    let status = cmd.status()?;
+    if !status.success() {
+        bail!("{status}");
+    }
+    Ok(())
+}
+
+/// Finds out, once for each kernel and QEMU, what /dev/kvm of this machine can do.
+///
+/// Some sandboxes offer a /dev/kvm that cannot run a stock kernel, or does so without
+/// nesting: only a boot tells.
+pub fn hardware(k: &Kernel) -> Result<Hardware> {
+    if !Path::new("/dev/kvm").exists() {
+        return Ok(Hardware::None);
+    }
+    let verdict = cache("probe-kvm");
+    let qemu = output(Command::new("qemu-system-x86_64").arg("--version"))?;
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpus.lines().find(|l| l.starts_with("model name")).unwrap_or("");
+    let inputs = format!("{} {} {qemu} {model}", k.version, output_of_uname()?);
+    step("probe of /dev/kvm by a boot (up to 40 s)", &stamp("probe-kvm"), &inputs, || {
+        let job = Job {
+            name: "probe-kvm".into(),
+            place: Place::KvmHost,
+            script: "modprobe -d /cache/STOCK/usr kvm_amd || modprobe -d /cache/STOCK/usr kvm_intel\n\
+                     [ -c /dev/kvm ] && echo nested\nexit 0\n"
+                .replace("STOCK", &format!("stock-{}", k.abi)),
+            timeout: Duration::from_secs(40),
+            memory_mib: 1024,
+            append: String::new(),
+        };
+        let run = execute_on(k, &job, Hardware::Nested)?;
+        let found = match (run.exit, run.output.lines().any(|l| l.trim() == "nested")) {
+            (Some(0), true) => "nested",
+            (Some(0), false) => "plain",
+            _ => "none",
+        };
+        write(&verdict, found)
+    })?;
+    Ok(match read(&verdict)?.as_str() {
+        "nested" => Hardware::Nested,
+        "plain" => Hardware::Plain,
+        _ => Hardware::None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(exit: Option<i32>, log: &str) -> Outcome {
+        Outcome {
+            output: "1..1\nok 1 a\n".into(),
+            kernel_log: log.into(),
+            exit,
+            problems: problems(log),
+            time: Duration::ZERO,
+            dir: PathBuf::new(),
+        }
+    }
+
+    #[test]
+    fn a_quiet_run_passes() {
+        let tests = outcome(Some(0), "[    0.1] Linux version\n").tests();
+        assert!(tests.iter().all(|t| t.outcome == ktap::Outcome::Pass), "{tests:?}");
+        assert_eq!(tests.len(), 2);
+    }
+
+    #[test]
+    fn a_kernel_complaint_fails_a_run_that_says_ok() {
+        for bad in ["WARNING: CPU: 0", "BUG: Bad rss-counter state", "Oops: general"] {
+            let tests = outcome(Some(0), bad).tests();
+            assert!(tests.iter().any(|t| matches!(t.outcome, ktap::Outcome::Fail(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn no_end_or_a_bad_one_fails() {
+        for exit in [None, Some(1)] {
+            let tests = outcome(exit, "").tests();
+            assert!(tests.iter().any(|t| matches!(t.outcome, ktap::Outcome::Fail(_))));
+        }
+    }
+
+    #[test]
+    fn the_exit_status_is_read_from_the_last_line() {
+        assert_eq!(exit_of("x\nthinram-exit: 3\r\n"), Some(3));
+        assert_eq!(exit_of("x\n"), None);
+    }
+}
