@@ -446,6 +446,61 @@ pub fn remove_module(name: &str) -> nix::Result<()> {
     .map(drop)
 }
 
+/// Registers a mapping as the fixed buffer of a fresh io_uring, and drops both again.
+pub fn io_uring_register_buffer(map: &Map) -> nix::Result<()> {
+    // `struct io_uring_params` is 120 bytes; zero asks for the defaults.
+    let mut params = [0u64; 15];
+    // SAFETY: the kernel fills the structure, whose size is as above.
+    let fd =
+        Errno::result(unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, params.as_mut_ptr()) })?;
+    // SAFETY: the kernel just returned this descriptor, nobody else has it.
+    let ring = unsafe { OwnedFd::from_raw_fd(fd as c_int) };
+    let iov = libc::iovec {
+        iov_base: map.addr as *mut c_void,
+        iov_len: map.len,
+    };
+    const IORING_REGISTER_BUFFERS: c_int = 0;
+    // SAFETY: the vector describes the mapping, whose words are atomics for everybody.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_io_uring_register,
+            ring.as_raw_fd(),
+            IORING_REGISTER_BUFFERS,
+            &iov,
+            1,
+        )
+    })
+    .map(drop)
+}
+
+/// Wakes whoever waits on the first half of `word`; returns how many there were.
+pub fn futex_wake(map: &Map, word: usize, private: bool) -> nix::Result<i64> {
+    let flag = if private { libc::FUTEX_PRIVATE_FLAG } else { 0 };
+    let at: *const AtomicU64 = &map.words()[word];
+    // SAFETY: the address lies in the mapping; a wake changes no memory.
+    Errno::result(unsafe { libc::syscall(libc::SYS_futex, at, libc::FUTEX_WAKE | flag, 1) })
+}
+
+/// Binds a mapping to NUMA node 0 the way QEMU does.
+pub fn bind_to_node_0(map: &Map) -> nix::Result<()> {
+    const MPOL_BIND: c_int = 2;
+    const MPOL_MF_STRICT_MOVE: c_int = 1 | 2;
+    let nodes = 1u64;
+    // SAFETY: the node mask has as many bits as the call says.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            map.addr,
+            map.len,
+            MPOL_BIND,
+            &nodes,
+            64,
+            MPOL_MF_STRICT_MOVE,
+        )
+    })
+    .map(drop)
+}
+
 /// A userfaultfd that is ready for `UFFDIO_REGISTER`.
 pub struct UserFault(OwnedFd);
 
