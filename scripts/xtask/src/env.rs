@@ -79,7 +79,16 @@ pub struct Kernel {
 impl Kernel {
     /// The version in characters that make and shells leave alone.
     pub fn slug(&self) -> String {
-        self.version.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect()
+        self.version
+            .chars()
+            .map(|c| {
+                if c.is_ascii_alphanumeric() || c == '.' {
+                    c
+                } else {
+                    '-'
+                }
+            })
+            .collect()
     }
     /// The unpacked, unbuilt source.
     pub fn source(&self) -> PathBuf {
@@ -109,7 +118,10 @@ mod tests {
 
     #[test]
     fn slug_is_safe_in_make() {
-        let k = Kernel { abi: "7.3.4+deb13-amd64".into(), version: "7.3.4-1~bpo13+1".into() };
+        let k = Kernel {
+            abi: "7.3.4+deb13-amd64".into(),
+            version: "7.3.4-1~bpo13+1".into(),
+        };
         assert_eq!(k.slug(), "7.3.4-1-bpo13-1");
     }
 }

@@ -28,11 +28,17 @@ pub struct Test {
 impl Test {
     /// A test that failed, or could not be run at all.
     pub fn fail(name: impl Into<String>, why: impl Into<String>) -> Self {
-        Self { name: name.into(), outcome: Outcome::Fail(why.into()) }
+        Self {
+            name: name.into(),
+            outcome: Outcome::Fail(why.into()),
+        }
     }
     /// A test that passed.
     pub fn pass(name: impl Into<String>) -> Self {
-        Self { name: name.into(), outcome: Outcome::Pass }
+        Self {
+            name: name.into(),
+            outcome: Outcome::Pass,
+        }
     }
 }
 
@@ -72,7 +78,11 @@ pub fn parse(text: &str) -> Vec<Test> {
             continue;
         }
         if body.starts_with("KTAP version") {
-            if depth == 0 && levels.first().is_some_and(|l| l.plan.is_some() || l.seen > 0) {
+            if depth == 0
+                && levels
+                    .first()
+                    .is_some_and(|l| l.plan.is_some() || l.seen > 0)
+            {
                 close(&mut levels, 0, &mut done);
             }
             if levels.len() <= depth {
@@ -108,13 +118,14 @@ pub fn parse(text: &str) -> Vec<Test> {
         } else {
             let any = nested.iter().any(|t| matches!(t.outcome, Outcome::Fail(_)));
             if failed && !any {
-                levels[depth].tests.push(Test::fail(&name, "failed, though no test in it did"));
+                levels[depth]
+                    .tests
+                    .push(Test::fail(&name, "failed, though no test in it did"));
             }
-            levels[depth].tests.extend(
-                nested
-                    .into_iter()
-                    .map(|t| Test { name: format!("{name}: {}", t.name), outcome: t.outcome }),
-            );
+            levels[depth].tests.extend(nested.into_iter().map(|t| Test {
+                name: format!("{name}: {}", t.name),
+                outcome: t.outcome,
+            }));
         }
     }
     if levels.is_empty() {
@@ -125,7 +136,9 @@ pub fn parse(text: &str) -> Vec<Test> {
 }
 
 fn note_line(levels: &mut [Level], note: &str) {
-    let Some(level) = levels.last_mut() else { return };
+    let Some(level) = levels.last_mut() else {
+        return;
+    };
     if let Some(name) = note.strip_prefix("Subtest: ") {
         level.subtest = name.trim().to_string();
     } else if level.notes.len() < 12 && !note.starts_with("module:") {
@@ -145,14 +158,24 @@ fn close_below(levels: &mut Vec<Level>, depth: usize) -> Vec<Test> {
 fn close(levels: &mut Vec<Level>, depth: usize, into: &mut Vec<Test>) {
     while levels.len() > depth {
         let Some(level) = levels.pop() else { return };
-        let name = if level.subtest.is_empty() { "KTAP" } else { &level.subtest };
+        let name = if level.subtest.is_empty() {
+            "KTAP"
+        } else {
+            &level.subtest
+        };
         let before = level.seen;
         into.extend(level.tests);
         match level.plan {
-            None => into.push(Test::fail(name, format!("no plan (1..N), {before} results"))),
+            None => into.push(Test::fail(
+                name,
+                format!("no plan (1..N), {before} results"),
+            )),
             Some(0) => into.push(Test::fail(name, "empty plan: not one test ran")),
             Some(n) if n != before => {
-                into.push(Test::fail(name, format!("{n} tests planned, {before} results")));
+                into.push(Test::fail(
+                    name,
+                    format!("{n} tests planned, {before} results"),
+                ));
             }
             Some(_) => {}
         }
@@ -165,14 +188,18 @@ fn result(body: &str) -> (String, Outcome) {
         None => (true, body.strip_prefix("ok ").unwrap_or(body)),
     };
     let rest = rest.trim_start();
-    let rest = rest.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start();
+    let rest = rest
+        .trim_start_matches(|c: char| c.is_ascii_digit())
+        .trim_start();
     let rest = rest.strip_prefix("- ").unwrap_or(rest);
     let (name, directive) = match rest.split_once(" # ") {
         Some((name, directive)) => (name, directive),
         None => (rest, ""),
     };
     let name = name.trim().trim_start_matches("# ").to_string();
-    let skip = directive.get(..4).is_some_and(|d| d.eq_ignore_ascii_case("skip"));
+    let skip = directive
+        .get(..4)
+        .is_some_and(|d| d.eq_ignore_ascii_case("skip"));
     let outcome = match (ok, skip) {
         (true, true) => Outcome::Skip(directive[4..].trim().to_string()),
         (true, false) => Outcome::Pass,
@@ -183,8 +210,12 @@ fn result(body: &str) -> (String, Outcome) {
 
 /// Drops the `[    1.234567] ` of a kernel log.
 fn strip_time(line: &str) -> &str {
-    let Some(rest) = line.strip_prefix('[') else { return line };
-    let Some((stamp, text)) = rest.split_once("] ") else { return line };
+    let Some(rest) = line.strip_prefix('[') else {
+        return line;
+    };
+    let Some((stamp, text)) = rest.split_once("] ") else {
+        return line;
+    };
     let number = stamp.trim();
     if number.chars().all(|c| c.is_ascii_digit() || c == '.') && number.contains('.') {
         text
@@ -213,7 +244,10 @@ mod tests {
             [
                 Test::pass("a"),
                 Test::fail("b", ""),
-                Test { name: "c".into(), outcome: Outcome::Skip("no device".into()) },
+                Test {
+                    name: "c".into(),
+                    outcome: Outcome::Skip("no device".into())
+                },
             ]
         );
     }
@@ -232,7 +266,10 @@ mod tests {
                    [    0.1] ok 1 thinram_slot\n";
         assert_eq!(
             parse(log),
-            [Test::pass("thinram_slot: packs"), Test::pass("thinram_slot: ages")]
+            [
+                Test::pass("thinram_slot: packs"),
+                Test::pass("thinram_slot: ages")
+            ]
         );
     }
 
@@ -245,7 +282,10 @@ mod tests {
         assert_eq!(failed("ok 1 a\n"), ["KTAP"]);
         assert_eq!(failed("1..2\nok 1 a\n"), ["KTAP"]);
         assert_eq!(failed("1..1\nok 1 a\nok 2 b\n"), ["KTAP"]);
-        assert_eq!(failed("1..1\nok 1 a\nBail out! lost the host\n"), ["bail out"]);
+        assert_eq!(
+            failed("1..1\nok 1 a\nBail out! lost the host\n"),
+            ["bail out"]
+        );
     }
 
     #[test]
@@ -264,6 +304,9 @@ mod tests {
     fn two_documents_both_count() {
         let tests = parse("KTAP version 1\n1..1\nok 1 a\nKTAP version 1\n1..2\nok 1 b\nok 2 c\n");
         assert_eq!(tests.len(), 3);
-        assert_eq!(failed("KTAP version 1\n1..1\nok 1 a\nKTAP version 1\n1..0\n"), ["KTAP"]);
+        assert_eq!(
+            failed("KTAP version 1\n1..1\nok 1 a\nKTAP version 1\n1..0\n"),
+            ["KTAP"]
+        );
     }
 }

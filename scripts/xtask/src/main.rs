@@ -2,8 +2,11 @@
 
 //! The work behind `make`: sysroot, kernels, boots, verdicts, reports.
 
+mod check;
 mod env;
 mod ktap;
+mod lint;
+mod report;
 mod setup;
 mod step;
 mod vm;
@@ -28,6 +31,8 @@ enum Task {
     Kdir,
     /// Build target/module/thinram.ko for the stock kernel
     Module,
+    /// Formatting, lints and the rules of the house
+    Check,
     /// Run a shell command as root in a kernel of its own and show what it says
     Run {
         /// Which kernel
@@ -69,16 +74,35 @@ fn work(task: Task) -> Result<ExitCode> {
             setup::kdir(&kernel)?;
             vm::host_initramfs(&kernel)?;
             step::say(format!("{:?}", vm::hardware(&kernel)?));
-            setup::guest_kernel(&kernel)?;
+            vm::guests(&kernel)?;
             setup::uml(&kernel)?;
         }
         Task::Kdir => {
             let dir = setup::kdir(&kernel)?;
             let host = std::env::var("THINRAM_HOST_CACHE").unwrap_or_default();
-            println!("{}", dir.display().to_string().replacen(env::CACHE, &host, 1));
+            println!(
+                "{}",
+                dir.display().to_string().replacen(env::CACHE, &host, 1)
+            );
         }
-        Task::Module => println!("{}", setup::module(&kernel, &[])?.display()),
-        Task::Run { place, command, timeout, memory } => {
+        Task::Module => println!("{}", setup::module(&kernel)?.display()),
+        Task::Check => {
+            return Ok(report::show(&[report::Suite::new(
+                "check",
+                check::all(&kernel)?,
+            )]))
+        }
+        Task::Run {
+            place,
+            command,
+            timeout,
+            memory,
+        } => {
+            match place {
+                vm::Place::KvmHost => drop(vm::guests(&kernel)?),
+                vm::Place::Uml => drop(setup::uml(&kernel)?),
+                vm::Place::SmpHost => {}
+            }
             let job = vm::Job {
                 name: format!("run-{place:?}").to_lowercase(),
                 place,
@@ -89,7 +113,11 @@ fn work(task: Task) -> Result<ExitCode> {
             };
             let run = vm::execute(&kernel, &job)?;
             print!("{}", run.output);
-            step::say(format!("{}, logs in {}", step::took(run.time), run.dir.display()));
+            step::say(format!(
+                "{}, logs in {}",
+                step::took(run.time),
+                run.dir.display()
+            ));
             for problem in &run.problems {
                 step::say(problem);
             }

@@ -3,7 +3,7 @@
 //! The steps from an empty cache to kernels that boot: packages, sources, the
 //! stock kernel, a KDIR for modules, User-Mode Linux, the small guest kernel.
 
-use crate::env::{cache, jobs, read, src, write, Kernel, CC};
+use crate::env::{cache, jobs, read, src, target, write, Kernel, CC};
 use crate::step::{lock, output, run, say, stamp, step, tied};
 use anyhow::{bail, Context, Result};
 use std::fs;
@@ -16,10 +16,34 @@ const PIN: &str = "7.3.4+deb13-amd64";
 const SERIES: &str = "7.3";
 
 const TOOLS: &[&str] = &[
-    "bc", "bindgen", "binutils", "bison", "busybox-static", "clang", "cpio", "e2fsprogs", "flex",
-    "gcc-14", "gdb", "iproute2", "kmod", "libclang-dev", "libdw-dev", "libelf-dev", "libssl-dev",
-    "lld", "llvm", "pahole", "perl-base", "procps", "python3", "rsync", "rust-src", "strace",
-    "xz-utils", "zstd",
+    "bc",
+    "bindgen",
+    "binutils",
+    "bison",
+    "busybox-static",
+    "clang",
+    "cpio",
+    "e2fsprogs",
+    "flex",
+    "gcc-14",
+    "gdb",
+    "iproute2",
+    "kmod",
+    "libclang-dev",
+    "libdw-dev",
+    "libelf-dev",
+    "libssl-dev",
+    "lld",
+    "llvm",
+    "pahole",
+    "perl-base",
+    "procps",
+    "python3",
+    "rsync",
+    "rust-src",
+    "strace",
+    "xz-utils",
+    "zstd",
 ];
 
 /// Packages inside the sysroot, then the kernel that they brought.
@@ -34,22 +58,39 @@ pub fn packages() -> Result<Kernel> {
         run(&log, apt().args(common).args(TOOLS))?;
         run(
             &log,
-            apt().args(common).args(["-t", "trixie-backports", "qemu-system-x86"]).args([
-                format!("linux-source-{SERIES}={}", kernel.version),
-                format!("linux-headers-{}={}", kernel.abi, kernel.version),
-            ]),
+            apt()
+                .args(common)
+                .args(["-t", "trixie-backports", "qemu-system-x86"])
+                .args([
+                    format!("linux-source-{SERIES}={}", kernel.version),
+                    format!("linux-headers-{}={}", kernel.abi, kernel.version),
+                ]),
         )?;
         run(&log, apt().arg("clean"))?;
-        write("/var/lib/thinram/kernel", format!("{} {}", kernel.abi, kernel.version))
+        write(
+            "/var/lib/thinram/kernel",
+            format!("{} {}", kernel.abi, kernel.version),
+        )
     })?;
     let text = read("/var/lib/thinram/kernel")?;
-    let (abi, version) = text.split_once(' ').context("/var/lib/thinram/kernel is damaged")?;
-    Ok(Kernel { abi: abi.into(), version: version.into() })
+    let (abi, version) = text
+        .split_once(' ')
+        .context("/var/lib/thinram/kernel is damaged")?;
+    Ok(Kernel {
+        abi: abi.into(),
+        version: version.into(),
+    })
 }
 
 fn apt() -> Command {
     let mut c = tied("apt-get");
-    c.args(["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3"]);
+    c.args([
+        "-q",
+        "-o",
+        "APT::Sandbox::User=root",
+        "-o",
+        "Acquire::Retries=3",
+    ]);
     c
 }
 
@@ -59,7 +100,9 @@ fn choose() -> Result<Kernel> {
     let names = output(Command::new("apt-cache").args(["pkgnames", "linux-headers-7."]))?;
     let mut found = Vec::new();
     for name in names.lines() {
-        let Some(abi) = name.strip_prefix("linux-headers-") else { continue };
+        let Some(abi) = name.strip_prefix("linux-headers-") else {
+            continue;
+        };
         let wanted = abi.starts_with(&format!("{SERIES}."))
             && abi.ends_with("-amd64")
             && !abi.contains("-rt-")
@@ -69,7 +112,10 @@ fn choose() -> Result<Kernel> {
         }
         for version in versions(name)? {
             if sources.contains(&version) {
-                found.push(Kernel { abi: abi.into(), version });
+                found.push(Kernel {
+                    abi: abi.into(),
+                    version,
+                });
             }
         }
     }
@@ -84,14 +130,21 @@ fn pick(mut found: Vec<Kernel>) -> Result<Kernel> {
     let Some(newest) = found.pop() else {
         bail!("the mirror has no Debian kernel {SERIES} with its source in trixie-backports");
     };
-    say(format!("the mirror has no kernel {PIN}: using {} instead", newest.abi));
+    say(format!(
+        "the mirror has no kernel {PIN}: using {} instead",
+        newest.abi
+    ));
     Ok(newest)
 }
 
 /// The patch level of `7.3.12-1~bpo13+1`, so that 7.3.12 is newer than 7.3.4.
 fn number(version: &str) -> u32 {
     let upstream = version.split('-').next().unwrap_or("");
-    upstream.rsplit('.').next().and_then(|n| n.parse().ok()).unwrap_or(0)
+    upstream
+        .rsplit('.')
+        .next()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(0)
 }
 
 fn versions(package: &str) -> Result<Vec<String>> {
@@ -123,7 +176,8 @@ pub fn source(k: &Kernel) -> Result<PathBuf> {
         whole(&dest, |tmp| {
             let tarball = format!("/usr/src/linux-source-{SERIES}.tar.xz");
             let mut tar = tied("tar");
-            tar.args(["--strip-components=1", "-xf", &tarball, "-C"]).arg(tmp);
+            tar.args(["--strip-components=1", "-xf", &tarball, "-C"])
+                .arg(tmp);
             run(cache("logs/source.log"), &mut tar)
         })
     })?;
@@ -144,21 +198,29 @@ fn tree(k: &Kernel, dest: &Path) -> Result<()> {
 pub fn stock(k: &Kernel) -> Result<()> {
     let dest = k.stock();
     let name = format!("stock kernel {}", k.abi);
-    step(&name, &stamp(&format!("stock-{}", k.abi)), &k.version, || {
-        whole(&dest, |tmp| {
-            let log = cache("logs/stock.log");
-            let debs = tmp.join("debs");
-            fs::create_dir(&debs)?;
-            let wanted = ["binary", "modules", "base"]
-                .map(|part| format!("linux-{part}-{}={}", k.abi, k.version));
-            run(&log, apt().arg("download").args(&wanted).current_dir(&debs))?;
-            for deb in fs::read_dir(&debs)? {
-                run(&log, tied("dpkg-deb").arg("-x").arg(deb?.path()).arg(tmp))?;
-            }
-            fs::remove_dir_all(&debs)?;
-            run(&log, tied("depmod").arg("-b").arg(tmp.join("usr")).arg(&k.abi))
-        })
-    })?;
+    step(
+        &name,
+        &stamp(&format!("stock-{}", k.abi)),
+        &k.version,
+        || {
+            whole(&dest, |tmp| {
+                let log = cache("logs/stock.log");
+                let debs = tmp.join("debs");
+                fs::create_dir(&debs)?;
+                let wanted = ["binary", "modules", "base"]
+                    .map(|part| format!("linux-{part}-{}={}", k.abi, k.version));
+                run(&log, apt().arg("download").args(&wanted).current_dir(&debs))?;
+                for deb in fs::read_dir(&debs)? {
+                    run(&log, tied("dpkg-deb").arg("-x").arg(deb?.path()).arg(tmp))?;
+                }
+                fs::remove_dir_all(&debs)?;
+                run(
+                    &log,
+                    tied("depmod").arg("-b").arg(tmp.join("usr")).arg(&k.abi),
+                )
+            })
+        },
+    )?;
     Ok(())
 }
 
@@ -168,26 +230,35 @@ pub fn kdir(k: &Kernel) -> Result<PathBuf> {
     let dest = k.kdir();
     let headers = PathBuf::from(format!("/usr/src/linux-headers-{}", k.abi));
     let name = format!("build directory for modules of {} (2 min)", k.abi);
-    step(&name, &stamp(&format!("kdir-{}", k.abi)), &k.version, || {
-        let log = cache("logs/kdir.log");
-        if !dest.join("Makefile").exists() {
-            tree(k, &dest)?;
-        }
-        fs::copy(headers.join(".config"), dest.join(".config"))?;
-        let release = format!("KERNELRELEASE={}", k.abi);
-        let make = || {
-            let mut c = tied("make");
-            c.arg("-C").arg(&dest).args([CC, &release, &jobs()]);
-            c
-        };
-        run(&log, make().arg("olddefconfig"))?;
-        run(&log, make().arg("modules_prepare"))?;
-        if !read(dest.join(".config"))?.contains("CONFIG_RUST=y") {
-            bail!("{} lost CONFIG_RUST=y: see {}", dest.display(), log.display());
-        }
-        fs::copy(headers.join("Module.symvers"), dest.join("Module.symvers"))?;
-        Ok(())
-    })?;
+    step(
+        &name,
+        &stamp(&format!("kdir-{}", k.abi)),
+        &k.version,
+        || {
+            let log = cache("logs/kdir.log");
+            if !dest.join("Makefile").exists() {
+                tree(k, &dest)?;
+            }
+            fs::copy(headers.join(".config"), dest.join(".config"))?;
+            let release = format!("KERNELRELEASE={}", k.abi);
+            let make = || {
+                let mut c = tied("make");
+                c.arg("-C").arg(&dest).args([CC, &release, &jobs()]);
+                c
+            };
+            run(&log, make().arg("olddefconfig"))?;
+            run(&log, make().arg("modules_prepare"))?;
+            if !read(dest.join(".config"))?.contains("CONFIG_RUST=y") {
+                bail!(
+                    "{} lost CONFIG_RUST=y: see {}",
+                    dest.display(),
+                    log.display()
+                );
+            }
+            fs::copy(headers.join("Module.symvers"), dest.join("Module.symvers"))?;
+            Ok(())
+        },
+    )?;
     Ok(dest)
 }
 
@@ -197,11 +268,16 @@ fn lost(fragment: &str, config: &str) -> Vec<String> {
     let wanted = |l: &&str| l.starts_with("CONFIG_") || l.ends_with(" is not set");
     let held = |l: &&str| {
         have.contains(l)
-            || l.strip_prefix("# ").and_then(|l| l.strip_suffix(" is not set")).is_some_and(
-                |name| !config.lines().any(|c| c.starts_with(&format!("{name}="))),
-            )
+            || l.strip_prefix("# ")
+                .and_then(|l| l.strip_suffix(" is not set"))
+                .is_some_and(|name| !config.lines().any(|c| c.starts_with(&format!("{name}="))))
     };
-    fragment.lines().filter(wanted).filter(|l| !held(l)).map(str::to_string).collect()
+    fragment
+        .lines()
+        .filter(wanted)
+        .filter(|l| !held(l))
+        .map(str::to_string)
+        .collect()
 }
 
 /// Configures a kernel: a base target, then a fragment, every line of which must hold.
@@ -220,7 +296,10 @@ fn configure(
     run(log, make().arg("olddefconfig"))?;
     let lost = lost(fragment, &read(&path)?);
     if !lost.is_empty() {
-        bail!("the kernel's configuration did not accept: {}", lost.join(", "));
+        bail!(
+            "the kernel's configuration did not accept: {}",
+            lost.join(", ")
+        );
     }
     Ok(())
 }
@@ -231,19 +310,26 @@ pub fn guest_kernel(k: &Kernel) -> Result<PathBuf> {
     let image = dest.join("arch/x86/boot/bzImage");
     let fragment = read(src("scripts/kernel/guest.config"))?;
     let inputs = format!("{}\n{fragment}", k.version);
-    step("small guest kernel (6 min)", &stamp("guest-kernel"), &inputs, || {
-        let log = cache("logs/guest-kernel.log");
-        let source = source(k)?;
-        fs::create_dir_all(&dest)?;
-        let make = || {
-            let mut c = tied("nice");
-            c.args(["make", "-C"]).arg(&source).arg(format!("O={}", dest.display()));
-            c.args([CC, &jobs()]);
-            c
-        };
-        configure(&log, &make, &dest, "tinyconfig", &fragment)?;
-        run(&log, make().arg("bzImage"))
-    })?;
+    step(
+        "small guest kernel (6 min)",
+        &stamp("guest-kernel"),
+        &inputs,
+        || {
+            let log = cache("logs/guest-kernel.log");
+            let source = source(k)?;
+            fs::create_dir_all(&dest)?;
+            let make = || {
+                let mut c = tied("nice");
+                c.args(["make", "-C"])
+                    .arg(&source)
+                    .arg(format!("O={}", dest.display()));
+                c.args([CC, &jobs()]);
+                c
+            };
+            configure(&log, &make, &dest, "tinyconfig", &fragment)?;
+            run(&log, make().arg("bzImage"))
+        },
+    )?;
     Ok(image)
 }
 
@@ -258,17 +344,24 @@ pub fn uml(k: &Kernel) -> Result<PathBuf> {
     let inputs = format!("{}\n{fragment}", k.version);
     let make = || {
         let mut c = tied("nice");
-        c.args(["make", "-C"]).arg(&dest).args(["ARCH=um", "THINRAM_BUILTIN=y", CC, &jobs()]);
+        c.args(["make", "-C"])
+            .arg(&dest)
+            .args(["ARCH=um", "THINRAM_BUILTIN=y", CC, &jobs()]);
         c
     };
     let _lock = lock("uml")?;
-    step("User-Mode Linux: configuration", &stamp("uml"), &inputs, || {
-        if !dest.join("Makefile").exists() {
-            tree(k, &dest)?;
-        }
-        append(&dest.join("drivers/Makefile"), "\nobj-y += thinram/\n")?;
-        configure(&log, &make, &dest, "defconfig", &fragment)
-    })?;
+    step(
+        "User-Mode Linux: configuration",
+        &stamp("uml"),
+        &inputs,
+        || {
+            if !dest.join("Makefile").exists() {
+                tree(k, &dest)?;
+            }
+            append(&dest.join("drivers/Makefile"), "\nobj-y += thinram/\n")?;
+            configure(&log, &make, &dest, "defconfig", &fragment)
+        },
+    )?;
     copy_module(&dest)?;
     let built = dest.join("linux");
     if built.exists() {
@@ -277,7 +370,7 @@ pub fn uml(k: &Kernel) -> Result<PathBuf> {
         say("User-Mode Linux: build (7 min the first time)");
     }
     run(&log, make().arg("linux"))?;
-    let linux = crate::env::target("uml/linux");
+    let linux = target("uml/linux");
     fs::create_dir_all(linux.parent().context("target/uml")?)?;
     run(&log, tied("rsync").args(["-c"]).arg(&built).arg(&linux))?;
     Ok(linux)
@@ -288,9 +381,19 @@ fn copy_module(tree: &Path) -> Result<()> {
     let dir = tree.join("drivers/thinram");
     fs::create_dir_all(&dir)?;
     let mut rsync = tied("rsync");
-    rsync.args(["-rc", "--delete", "--exclude=.*", "--exclude=*_generated.rs"]);
-    rsync.args(["*.o", "*.a", "*.d", "*.mod", "*.order", "*.rmeta"].map(|p| format!("--exclude={p}")));
-    run(cache("logs/uml-sync.log"), rsync.arg(src("rust")).arg(src("Kbuild")).arg(&dir))
+    rsync.args([
+        "-rc",
+        "--delete",
+        "--exclude=.*",
+        "--exclude=*_generated.rs",
+    ]);
+    rsync.args(
+        ["*.o", "*.a", "*.d", "*.mod", "*.order", "*.rmeta"].map(|p| format!("--exclude={p}")),
+    );
+    run(
+        cache("logs/uml-sync.log"),
+        rsync.arg(src("rust")).arg(src("Kbuild")).arg(&dir),
+    )
 }
 
 /// Appends to a file that is shared with another tree, by replacing it.
@@ -304,19 +407,24 @@ fn append(path: &Path, extra: &str) -> Result<()> {
     fs::rename(&tmp, path).with_context(|| format!("{}", path.display()))
 }
 
-/// `target/module/thinram.ko` for the stock kernel. `extra` are further make variables.
-pub fn module(k: &Kernel, extra: &[&str]) -> Result<PathBuf> {
-    if !src("Kbuild").exists() {
-        bail!("{} is missing: nothing to build", src("Kbuild").display());
-    }
-    let kdir = kdir(k)?;
-    let out = crate::env::target("module");
-    fs::create_dir_all(&out)?;
-    let mut make = tied("make");
-    make.arg("-C").arg(&kdir).args([CC, &jobs(), &format!("KERNELRELEASE={}", k.abi)]);
-    make.args(["M=/src", &format!("MO={}", out.display())]).args(extra).arg("modules");
+/// `target/module/thinram.ko` for the stock kernel.
+pub fn module(k: &Kernel) -> Result<PathBuf> {
     say("module");
-    run(crate::env::target("module.log"), &mut make)?;
+    build_module(k, &target("module"), &target("module.log"), &[])
+}
+
+/// Builds the module into `out` with further make variables.
+pub fn build_module(k: &Kernel, out: &Path, log: &Path, extra: &[&str]) -> Result<PathBuf> {
+    let kdir = kdir(k)?;
+    fs::create_dir_all(out)?;
+    let mut make = tied("make");
+    make.arg("-C")
+        .arg(&kdir)
+        .args([CC, &jobs(), &format!("KERNELRELEASE={}", k.abi)]);
+    make.args(["M=/src", &format!("MO={}", out.display())])
+        .args(extra)
+        .arg("modules");
+    run(log, &mut make)?;
     Ok(out.join("thinram.ko"))
 }
 
@@ -325,7 +433,10 @@ mod tests {
     use super::*;
 
     fn kernel(abi: &str, version: &str) -> Kernel {
-        Kernel { abi: abi.into(), version: version.into() }
+        Kernel {
+            abi: abi.into(),
+            version: version.into(),
+        }
     }
 
     #[test]
@@ -348,6 +459,9 @@ mod tests {
         let config = "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_C=m\n";
         assert!(lost("# text\nCONFIG_A=y\n# CONFIG_B is not set\n", config).is_empty());
         assert_eq!(lost("CONFIG_C=y\n", config), ["CONFIG_C=y"]);
-        assert_eq!(lost("# CONFIG_A is not set\n", config), ["# CONFIG_A is not set"]);
+        assert_eq!(
+            lost("# CONFIG_A is not set\n", config),
+            ["# CONFIG_A is not set"]
+        );
     }
 }

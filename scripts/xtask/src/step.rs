@@ -84,7 +84,9 @@ pub fn run(log: impl AsRef<Path>, cmd: &mut Command) -> Result<()> {
     let log = log.as_ref();
     write(log, "")?;
     let out = File::options().append(true).open(log)?;
-    cmd.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+    cmd.stdin(Stdio::null())
+        .stdout(out.try_clone()?)
+        .stderr(out);
     let mut child = cmd.spawn().with_context(|| format!("{cmd:?}"))?;
     let mut progress = Progress::new();
     let status = loop {
@@ -96,16 +98,28 @@ pub fn run(log: impl AsRef<Path>, cmd: &mut Command) -> Result<()> {
     };
     progress.end();
     if !status.success() {
-        bail!("{} ({cmd:?}), log {}:\n{}", status, log.display(), tail(log, 25));
+        bail!(
+            "{} ({cmd:?}), log {}:\n{}",
+            status,
+            log.display(),
+            tail(log, 25)
+        );
     }
     Ok(())
 }
 
 /// The output of a command, trimmed; an error if it fails.
 pub fn output(cmd: &mut Command) -> Result<String> {
-    let out = cmd.stdin(Stdio::null()).output().with_context(|| format!("{cmd:?}"))?;
+    let out = cmd
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{cmd:?}"))?;
     if !out.status.success() {
-        bail!("{} ({cmd:?}): {}", out.status, String::from_utf8_lossy(&out.stderr).trim());
+        bail!(
+            "{} ({cmd:?}): {}",
+            out.status,
+            String::from_utf8_lossy(&out.stderr).trim()
+        );
     }
     Ok(String::from_utf8_lossy(&out.stdout).trim().to_string())
 }
@@ -125,7 +139,12 @@ impl Progress {
         let err = std::io::stderr();
         let tty = err.is_terminal() && !ci();
         let width = rustix::termios::tcgetwinsize(&err).map_or(80, |w| usize::from(w.ws_col));
-        Self { start: Instant::now(), shown: Instant::now(), tty, width: width.max(40) }
+        Self {
+            start: Instant::now(),
+            shown: Instant::now(),
+            tty,
+            width: width.max(40),
+        }
     }
 
     /// Shows `line()` if it is time to.
@@ -136,8 +155,11 @@ impl Progress {
         }
         self.shown = Instant::now();
         let text = format!("  {:>6}  {}", took(self.start.elapsed()), line());
-        let text: String =
-            text.chars().filter(|c| !c.is_control()).take(self.width - 1).collect();
+        let text: String = text
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(self.width - 1)
+            .collect();
         if self.tty {
             eprint!("\r\x1b[K{text}");
             let _ = std::io::stderr().flush();
@@ -170,7 +192,12 @@ fn end_of(path: &Path, max: u64) -> String {
 /// The last line of a file that is not empty.
 pub fn last_line(path: &Path) -> String {
     let text = end_of(path, 4096);
-    text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("").trim().to_string()
+    text.lines()
+        .rev()
+        .find(|l| !l.trim().is_empty())
+        .unwrap_or("")
+        .trim()
+        .to_string()
 }
 
 /// The last `n` lines of a file.

@@ -83,7 +83,10 @@ impl Outcome {
         match self.exit {
             Some(0) => {}
             Some(code) => why.push(format!("the script ended with status {code}")),
-            None => why.push(format!("the script did not end, logs in {}", self.dir.display())),
+            None => why.push(format!(
+                "the script did not end, logs in {}",
+                self.dir.display()
+            )),
         }
         if why.is_empty() {
             return vec![Test::pass("kernel log is clean, run ended")];
@@ -114,13 +117,20 @@ const BAD: &[&str] = &[
 /// The lines of a kernel log that say something is wrong.
 pub fn problems(log: &str) -> Vec<String> {
     let bad = |l: &&str| BAD.iter().any(|b| l.contains(b));
-    let mut found: Vec<String> = log.lines().filter(bad).map(|l| l.trim().to_string()).collect();
+    let mut found: Vec<String> = log
+        .lines()
+        .filter(bad)
+        .map(|l| l.trim().to_string())
+        .collect();
     found.truncate(8);
     found
 }
 
 fn exit_of(output: &str) -> Option<i32> {
-    let line = output.lines().rev().find_map(|l| l.trim().strip_prefix("thinram-exit: "))?;
+    let line = output
+        .lines()
+        .rev()
+        .find_map(|l| l.trim().strip_prefix("thinram-exit: "))?;
     line.trim().parse().ok()
 }
 
@@ -129,12 +139,40 @@ pub fn host_initramfs(k: &Kernel) -> Result<PathBuf> {
     let dest = cache(format!("host-initramfs-{}.cpio", k.abi));
     let init = read(src("scripts/vm/host-initramfs"))?;
     let inputs = format!("{}\n{init}", k.version);
-    step("initramfs of the virtual host", &stamp("host-initramfs"), &inputs, || {
-        let modules = ["netfs", "9pnet", "9pnet_virtio", "9p"];
-        let files = [("init", src("scripts/vm/host-initramfs"))];
-        initramfs(k, &dest, &files, &modules)
-    })?;
+    step(
+        "initramfs of the virtual host",
+        &stamp("host-initramfs"),
+        &inputs,
+        || {
+            let modules = ["netfs", "9pnet", "9pnet_virtio", "9p"];
+            let files = [("init", src("scripts/vm/host-initramfs"))];
+            initramfs(k, &dest, &files, &modules)
+        },
+    )?;
     Ok(dest)
+}
+
+/// Builds the guests' side, into `target/guests`: `small.vmlinuz`, `stock.vmlinuz` and the
+/// initramfs of each, `small.initrd` and `stock.initrd`.
+pub fn guests(k: &Kernel) -> Result<PathBuf> {
+    setup::stock(k)?;
+    let small = setup::guest_kernel(k)?;
+    let dir = target("guests");
+    fs::create_dir_all(&dir)?;
+    let log = target("guests/build.log");
+    let mut cargo = tied("cargo");
+    cargo.args(["rustc", "--quiet", "--release", "--package", "guest-load"]);
+    run(&log, cargo.args(["--", "-C", "target-feature=+crt-static"]))?;
+    let load = PathBuf::from(std::env::var("CARGO_TARGET_DIR")?).join("release/guest-load");
+    let init = src("scripts/vm/guest-init");
+    let files = [("init", init), ("bin/guest-load", load)];
+    initramfs(k, &dir.join("small.initrd"), &files, &[])?;
+    initramfs(k, &dir.join("stock.initrd"), &files, &["virtio_balloon"])?;
+    for (name, from) in [("small", small), ("stock", k.vmlinuz())] {
+        let to = dir.join(format!("{name}.vmlinuz"));
+        fs::copy(&from, &to).with_context(|| format!("{}", from.display()))?;
+    }
+    Ok(dir)
 }
 
 /// Makes an initramfs of busybox, the files given (name, source) and modules of the stock kernel.
@@ -159,7 +197,9 @@ pub fn initramfs(
     }
     for name in modules {
         let mut find = Command::new("modinfo");
-        find.arg("-b").arg(k.stock().join("usr")).args(["-k", &k.abi, "-F", "filename", name]);
+        find.arg("-b")
+            .arg(k.stock().join("usr"))
+            .args(["-k", &k.abi, "-F", "filename", name]);
         let from = PathBuf::from(output(&mut find)?);
         let to = dir.join(format!("{name}.ko"));
         match from.extension().and_then(|e| e.to_str()) {
@@ -177,14 +217,23 @@ pub fn initramfs(
     }
     let tmp = dest.with_extension("new");
     let pack = "find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 >\"$0\"";
-    run(&log, tied("sh").args(["-c", pack]).arg(&tmp).current_dir(&dir))?;
+    run(
+        &log,
+        tied("sh").args(["-c", pack]).arg(&tmp).current_dir(&dir),
+    )?;
     fs::remove_dir_all(&dir)?;
     fs::rename(&tmp, dest).with_context(|| format!("{}", dest.display()))
 }
 
 fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command> {
     let mut c = tied("qemu-system-x86_64");
-    c.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    c.args([
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
     let nested = job.place == Place::KvmHost;
     let native = match hardware {
         Hardware::None => false,
@@ -201,11 +250,25 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
         c.args(["-cpu", "EPYC,+x2apic"]);
     }
     c.args(["-m", &format!("{}M", job.memory_mib)]);
-    c.arg("-kernel").arg(k.vmlinuz()).arg("-initrd").arg(host_initramfs(k)?);
-    c.args(["-virtfs", "local,path=/,mount_tag=root,security_model=none,multidevs=remap"]);
-    c.args(["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng"]);
+    c.arg("-kernel")
+        .arg(k.vmlinuz())
+        .arg("-initrd")
+        .arg(host_initramfs(k)?);
+    c.args([
+        "-virtfs",
+        "local,path=/,mount_tag=root,security_model=none,multidevs=remap",
+    ]);
+    c.args([
+        "-object",
+        "rng-random,id=rng,filename=/dev/urandom",
+        "-device",
+        "virtio-rng-pci,rng=rng",
+    ]);
     let out = dir.join("output.log");
-    c.args(["-serial", &format!("file:{}", dir.join("kernel.log").display())]);
+    c.args([
+        "-serial",
+        &format!("file:{}", dir.join("kernel.log").display()),
+    ]);
     if job.append.contains("thinram.shell=1") {
         c.args(["-serial", "mon:stdio"]);
     } else {
@@ -239,7 +302,10 @@ fn uml(linux: &Path, job: &Job, dir: &Path) -> Command {
     if job.append.contains("thinram.shell=1") {
         c.args(["con0=fd:0,fd:1", "thinram.out=/dev/tty0"]);
     } else {
-        c.args(["con0=null,fd:1", &format!("thinram.out={}", dir.join("output.log").display())]);
+        c.args([
+            "con0=null,fd:1",
+            &format!("thinram.out={}", dir.join("output.log").display()),
+        ]);
     }
     c.args(job.append.split_whitespace());
     c
@@ -274,7 +340,8 @@ pub fn execute(k: &Kernel, job: &Job) -> Result<Outcome> {
 
 fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
     let (mut cmd, dir) = start(k, job, hardware)?;
-    let host = fs::File::create(dir.join("host.log"))?;
+    let host_log = dir.join("host.log");
+    let host = fs::File::create(&host_log)?;
     let stdout = match job.place {
         Place::Uml => fs::File::create(dir.join("kernel.log"))?,
         _ => host.try_clone()?,
@@ -293,7 +360,11 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
         std::thread::sleep(Duration::from_millis(100));
         progress.tick(|| {
             let line = last_line(&out);
-            let line = if line.is_empty() { last_line(&log) } else { line };
+            let line = if line.is_empty() {
+                last_line(&log)
+            } else {
+                line
+            };
             format!("{}: {line}", job.name)
         });
         if ended.is_none() && exit_of(&last_line(&out)).is_some() {
@@ -301,6 +372,10 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
         }
         if ended.is_some_and(|t| t.elapsed() > Duration::from_secs(20)) {
             problems.push("did not power off".to_string());
+            kill(&mut child);
+        }
+        if fs::read_to_string(&host_log).is_ok_and(|t| t.contains("KVM internal error")) {
+            problems.push("QEMU: KVM internal error".to_string());
             kill(&mut child);
         }
         if begin.elapsed() > job.timeout {
@@ -314,12 +389,19 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
     problems.extend(self::problems(&kernel_log));
     let exit = exit_of(&output);
     if exit.is_none() {
-        let said = tail(&dir.join("host.log"), 3);
+        let said = tail(&host_log, 3);
         if !said.is_empty() {
             problems.push(said);
         }
     }
-    Ok(Outcome { output, kernel_log, exit, problems, time: begin.elapsed(), dir })
+    Ok(Outcome {
+        output,
+        kernel_log,
+        exit,
+        problems,
+        time: begin.elapsed(),
+        dir,
+    })
 }
 
 fn kill(child: &mut Child) {
@@ -337,9 +419,16 @@ pub fn shell(k: &Kernel, place: Place, script: &str, memory_mib: u32) -> Result<
         memory_mib,
         append: "thinram.shell=1".into(),
     };
-    let hardware = if place == Place::Uml { Hardware::None } else { hardware(k)? };
+    let hardware = if place == Place::Uml {
+        Hardware::None
+    } else {
+        hardware(k)?
+    };
     let (mut cmd, dir) = start(k, &job, hardware)?;
-    run(dir.join("host.log"), tied("chmod").arg("755").arg(dir.join("job")))?;
+    run(
+        dir.join("host.log"),
+        tied("chmod").arg("755").arg(dir.join("job")),
+    )?;
     say("`exit` ends it; in QEMU Ctrl-A X kills it");
     let status = cmd.status()?;
     if !status.success() {
@@ -359,10 +448,17 @@ pub fn hardware(k: &Kernel) -> Result<Hardware> {
     let verdict = cache("probe-kvm");
     let qemu = output(Command::new("qemu-system-x86_64").arg("--version"))?;
     let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpus.lines().find(|l| l.starts_with("model name")).unwrap_or("");
+    let model = cpus
+        .lines()
+        .find(|l| l.starts_with("model name"))
+        .unwrap_or("");
     let inputs = format!("{} {} {qemu} {model}", k.version, output_of_uname()?);
-    step("probe of /dev/kvm by a boot (up to 40 s)", &stamp("probe-kvm"), &inputs, || {
-        let job = Job {
+    step(
+        "probe of /dev/kvm by a boot (up to 40 s)",
+        &stamp("probe-kvm"),
+        &inputs,
+        || {
+            let job = Job {
             name: "probe-kvm".into(),
             place: Place::KvmHost,
             script: "modprobe -d /cache/STOCK/usr kvm_amd || modprobe -d /cache/STOCK/usr kvm_intel\n\
@@ -372,14 +468,15 @@ pub fn hardware(k: &Kernel) -> Result<Hardware> {
             memory_mib: 1024,
             append: String::new(),
         };
-        let run = execute_on(k, &job, Hardware::Nested)?;
-        let found = match (run.exit, run.output.lines().any(|l| l.trim() == "nested")) {
-            (Some(0), true) => "nested",
-            (Some(0), false) => "plain",
-            _ => "none",
-        };
-        write(&verdict, found)
-    })?;
+            let run = execute_on(k, &job, Hardware::Nested)?;
+            let found = match (run.exit, run.output.lines().any(|l| l.trim() == "nested")) {
+                (Some(0), true) => "nested",
+                (Some(0), false) => "plain",
+                _ => "none",
+            };
+            write(&verdict, found)
+        },
+    )?;
     Ok(match read(&verdict)?.as_str() {
         "nested" => Hardware::Nested,
         "plain" => Hardware::Plain,
@@ -405,15 +502,27 @@ mod tests {
     #[test]
     fn a_quiet_run_passes() {
         let tests = outcome(Some(0), "[    0.1] Linux version\n").tests();
-        assert!(tests.iter().all(|t| t.outcome == ktap::Outcome::Pass), "{tests:?}");
+        assert!(
+            tests.iter().all(|t| t.outcome == ktap::Outcome::Pass),
+            "{tests:?}"
+        );
         assert_eq!(tests.len(), 2);
     }
 
     #[test]
     fn a_kernel_complaint_fails_a_run_that_says_ok() {
-        for bad in ["WARNING: CPU: 0", "BUG: Bad rss-counter state", "Oops: general"] {
+        for bad in [
+            "WARNING: CPU: 0",
+            "BUG: Bad rss-counter state",
+            "Oops: general",
+        ] {
             let tests = outcome(Some(0), bad).tests();
-            assert!(tests.iter().any(|t| matches!(t.outcome, ktap::Outcome::Fail(_))), "{bad}");
+            assert!(
+                tests
+                    .iter()
+                    .any(|t| matches!(t.outcome, ktap::Outcome::Fail(_))),
+                "{bad}"
+            );
         }
     }
 
@@ -421,7 +530,9 @@ mod tests {
     fn no_end_or_a_bad_one_fails() {
         for exit in [None, Some(1)] {
             let tests = outcome(exit, "").tests();
-            assert!(tests.iter().any(|t| matches!(t.outcome, ktap::Outcome::Fail(_))));
+            assert!(tests
+                .iter()
+                .any(|t| matches!(t.outcome, ktap::Outcome::Fail(_))));
         }
     }
 
