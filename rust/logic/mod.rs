@@ -1,1 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
+
+//! What ThinRAM decides and counts: plain data and arithmetic, without locks, memory or I/O.
+//!
+//! The kernel module includes this file as one of its modules, and `lib.rs` makes a host crate of
+//! it. Nothing here is unsafe, allocates, or panics.
+
+// Each side uses its own part of this.
+#![allow(dead_code)]
+
+pub mod catalog;
+pub mod counts;
+pub mod records;
+pub mod slot;
+pub mod tunables;

@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Shared records: eight bytes for each frame that several slots share.
+//!
+//! ```text
+//!  63 62 61                                     22 21                   2 1    0
+//! +-----+-----------------------------------------+----------------------+------+
+//! |  0  | payload: frame number, or next free (40)| sharers less one (20)| form |
+//! +-----+-----------------------------------------+----------------------+------+
+//! ```
+//!
+//! A record has one sharer or more, so one less is stored and 2^20 sharers fit. Free records form a
+//! list through their payloads, so keeping track of them takes no memory.
+
+/// Records in one page of the store.
+pub const RECORDS_PER_PAGE: usize = 512;
+/// The most sharers that one record can have.
+pub const SHARERS_MAX: u32 = 1 << SHARERS_BITS;
+/// The largest frame number that a record can hold.
+pub const PFN_MAX: u64 = (1 << PAYLOAD_BITS) - 1;
+
+const FORM_BITS: u32 = 2;
+const SHARERS_BITS: u32 = 20;
+const PAYLOAD_BITS: u32 = 40;
+const SHARERS_SHIFT: u32 = FORM_BITS;
+const PAYLOAD_SHIFT: u32 = FORM_BITS + SHARERS_BITS;
+
+const _: () = assert!(PAYLOAD_SHIFT + PAYLOAD_BITS <= u64::BITS);
+// A free record's payload is the id of the next one, plus one.
+const _: () = assert!(PFN_MAX > u32::MAX as u64);
+const _: () = assert!(size_of::<RecordPage>() == 4096);
+
+/// Where the bytes of a record are.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Form {
+    /// Nowhere: the record is not in use.
+    Free,
+    /// In a frame.
+    Frame,
+    /// In the pool of the domain.
+    Compressed,
+    /// In the swap file of the domain.
+    Swapped,
+}
+
+/// The word of one record, taken apart by accessors.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Record(u64);
+
+impl Record {
+    const fn free(next: u64) -> Record {
+        Record((next & PFN_MAX) << PAYLOAD_SHIFT)
+    }
+
+    const fn frame(pfn: u64, sharers: u32) -> Record {
+        Record(1 | ((pfn & PFN_MAX) << PAYLOAD_SHIFT)).with_sharers(sharers)
+    }
+
+    /// The same with another number of sharers.
+    const fn with_sharers(self, sharers: u32) -> Record {
+        let mask = (SHARERS_MAX as u64 - 1) << SHARERS_SHIFT;
+        let less_one = sharers.wrapping_sub(1) as u64;
+        Record((self.0 & !mask) | ((less_one << SHARERS_SHIFT) & mask))
+    }
+
+    /// Where the bytes are.
+    #[inline]
+    pub const fn form(self) -> Form {
+        match self.0 & ((1 << FORM_BITS) - 1) {
+            0 => Form::Free,
+            1 => Form::Frame,
+            2 => Form::Compressed,
+            _ => Form::Swapped,
+        }
+    }
+
+    /// Slots that share it; meaningless for a free record.
+    #[inline]
+    pub const fn sharers(self) -> u32 {
+        ((self.0 >> SHARERS_SHIFT) as u32 & (SHARERS_MAX - 1)) + 1
+    }
+
+    /// Frame number.
+    #[inline]
+    pub const fn payload(self) -> u64 {
+        self.0 >> PAYLOAD_SHIFT
+    }
+}
+
+/// One page of records, all free.
+#[derive(Clone, Debug)]
+pub struct RecordPage([u64; RECORDS_PER_PAGE]);
+
+impl RecordPage {
+    /// A page of free records.
+    pub const fn new() -> Self {
+        RecordPage([0; RECORDS_PER_PAGE])
+    }
+}
+
+impl Default for RecordPage {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Storage of the pages; it only ever grows.
+pub trait RecordStore {
+    /// Number of pages.
+    fn len(&self) -> usize;
+    /// Whether there is no page.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Page number `i`.
+    fn page(&self, i: usize) -> Option<&RecordPage>;
+    /// Page number `i`, to be changed.
+    fn page_mut(&mut self, i: usize) -> Option<&mut RecordPage>;
+}
+
+/// What is known of a shared record.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Shared {
+    /// Its frame.
+    pub pfn: u64,
+    /// Slots that share it, one or more.
+    pub sharers: u32,
+}
+
+/// A record that takes no further sharer: it has as many as it may, or is not in use.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Full;
+
+/// A record that is not in use.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Unknown;
+
+/// What is left after a sharer went.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Dropped {
+    /// So many sharers.
+    Left(u32),
+    /// Nobody: the record is free, and the frame is the caller's.
+    Last {
+        /// The frame.
+        pfn: u64,
+    },
+}
+
+/// All shared records of the host.
+#[derive(Debug)]
+pub struct Records<S: RecordStore> {
+    store: S,
+    /// Head of the list of free records: id plus one, 0 = none.
+    free: u64,
+    /// Records from here on were never used.
+    fresh: u64,
+    live: u64,
+    sharers: u64,
+}
+
+impl<S: RecordStore> Records<S> {
+    /// Over pages of free records.
+    pub fn new(store: S) -> Self {
+        Self {
+            store,
+            free: 0,
+            fresh: 0,
+            live: 0,
+            sharers: 0,
+        }
+    }
+
+    /// The storage, for pages to be pushed.
+    pub fn store_mut(&mut self) -> &mut S {
+        &mut self.store
+    }
+
+    /// Whether no free record is left.
+    #[inline]
+    pub fn wants_page(&self) -> bool {
+        let room = (self.store.len() as u64).saturating_mul(RECORDS_PER_PAGE as u64);
+        self.free == 0 && self.fresh >= room.min(u64::from(u32::MAX))
+    }
+
+    #[inline]
+    fn word(&self, id: u64) -> Option<Record> {
+        let at = usize::try_from(id).ok()?;
+        let page = self.store.page(at / RECORDS_PER_PAGE)?;
+        page.0.get(at % RECORDS_PER_PAGE).map(|&word| Record(word))
+    }
+
+    #[inline]
+    fn set(&mut self, id: u64, record: Record) -> Option<()> {
+        let at = usize::try_from(id).ok()?;
+        let page = self.store.page_mut(at / RECORDS_PER_PAGE)?;
+        *page.0.get_mut(at % RECORDS_PER_PAGE)? = record.0;
+        Some(())
+    }
+
+    fn live(&self, id: u32) -> Option<Record> {
+        self.word(id.into())
+            .filter(|record| record.form() != Form::Free)
+    }
+
+    /// A record for frame `pfn` with so many sharers. `None` without a free record, and for values
+    /// that a record cannot hold (no sharer, more than [`SHARERS_MAX`], a frame above [`PFN_MAX`]).
+    pub fn alloc(&mut self, pfn: u64, sharers: u32) -> Option<u32> {
+        if pfn > PFN_MAX || sharers == 0 || sharers > SHARERS_MAX || self.wants_page() {
+            return None;
+        }
+        let id = if self.free == 0 {
+            self.fresh
+        } else {
+            self.free.checked_sub(1)?
+        };
+        let old = self.word(id)?;
+        self.set(id, Record::frame(pfn, sharers))?;
+        if self.free == 0 {
+            self.fresh = self.fresh.saturating_add(1);
+        } else {
+            self.free = old.payload();
+        }
+        self.live = self.live.saturating_add(1);
+        self.sharers = self.sharers.saturating_add(sharers.into());
+        u32::try_from(id).ok()
+    }
+
+    /// Frame and sharers of a record in use.
+    #[inline]
+    pub fn get(&self, id: u32) -> Option<Shared> {
+        let record = self.live(id)?;
+        Some(Shared {
+            pfn: record.payload(),
+            sharers: record.sharers(),
+        })
+    }
+
+    /// Adds a sharer unless there are `max` of them; answers how many there are now.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] when it has `max` or [`SHARERS_MAX`] sharers, or is not in use.
+    pub fn add_sharer(&mut self, id: u32, max: u32) -> Result<u32, Full> {
+        let record = self.live(id).ok_or(Full)?;
+        if record.sharers() >= max.min(SHARERS_MAX) {
+            return Err(Full);
+        }
+        let sharers = record.sharers().saturating_add(1);
+        self.set(id.into(), record.with_sharers(sharers))
+            .ok_or(Full)?;
+        self.sharers = self.sharers.saturating_add(1);
+        Ok(sharers)
+    }
+
+    /// Takes a sharer away. The last one frees the record and leaves the frame to the caller.
+    ///
+    /// # Errors
+    ///
+    /// [`Unknown`] when the record is not in use.
+    pub fn drop_sharer(&mut self, id: u32) -> Result<Dropped, Unknown> {
+        let record = self.live(id).ok_or(Unknown)?;
+        if record.sharers() == 1 {
+            self.release(id).ok_or(Unknown)?;
+            return Ok(Dropped::Last {
+                pfn: record.payload(),
+            });
+        }
+        let sharers = record.sharers().saturating_sub(1);
+        self.set(id.into(), record.with_sharers(sharers))
+            .ok_or(Unknown)?;
+        self.sharers = self.sharers.saturating_sub(1);
+        Ok(Dropped::Left(sharers))
+    }
+
+    /// Where exactly one sharer is left: frees the record and hands its frame over.
+    pub fn take_last(&mut self, id: u32) -> Option<u64> {
+        let shared = self.get(id).filter(|shared| shared.sharers == 1)?;
+        self.release(id)?;
+        Some(shared.pfn)
+    }
+
+    /// Frees a record that has one sharer.
+    fn release(&mut self, id: u32) -> Option<()> {
+        self.set(id.into(), Record::free(self.free))?;
+        self.free = u64::from(id).saturating_add(1);
+        self.live = self.live.saturating_sub(1);
+        self.sharers = self.sharers.saturating_sub(1);
+        Some(())
+    }
+
+    /// Records in use.
+    pub fn len(&self) -> u64 {
+        self.live
+    }
+
+    /// Whether no record is in use.
+    pub fn is_empty(&self) -> bool {
+        self.live == 0
+    }
+
+    /// Sharers of all records.
+    pub fn sharers(&self) -> u64 {
+        self.sharers
+    }
+
+    /// Pages that sharing saves: the sharers less one of each record.
+    pub fn pages_sharing(&self) -> u64 {
+        self.sharers.saturating_sub(self.live)
+    }
+
+    /// Memory of the pages, in bytes.
+    pub fn bytes(&self) -> u64 {
+        (self.store.len() as u64).saturating_mul(size_of::<RecordPage>() as u64)
+    }
+
+    /// The first record in use from `from` on.
+    pub fn next_live(&self, from: u32) -> Option<u32> {
+        let end = u32::try_from(self.fresh).unwrap_or(u32::MAX);
+        (from..end).find(|&id| self.live(id).is_some())
+    }
+}
