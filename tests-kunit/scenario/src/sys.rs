@@ -374,6 +374,15 @@ pub fn pread_into(
     Errno::result(done).map(|n| n as usize)
 }
 
+/// Reads from `file` at its position into a mapping, as `read` does.
+pub fn read_into(file: impl AsFd, map: &Map, from: usize, len: usize) -> nix::Result<usize> {
+    map.check(from, len)?;
+    let at = (map.addr + from) as *mut c_void;
+    // SAFETY: the range lies in the mapping, whose words are atomics for everybody.
+    let done = unsafe { libc::read(file.as_fd().as_raw_fd(), at, len) };
+    Errno::result(done).map(|n| n as usize)
+}
+
 /// Writes to `file` at `offset` from a mapping, as `pwrite` does.
 pub fn pwrite_from(
     file: impl AsFd,

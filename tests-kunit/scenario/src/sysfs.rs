@@ -153,9 +153,14 @@ impl Sys {
         failed
     }
 
-    /// Scan without any ceiling.
+    /// Scans without any ceiling.
     pub fn flat_out(&self) -> Result<()> {
         self.set("scan_pages_per_sec", 0)?;
+        self.flat_out_but_pages()
+    }
+
+    /// Scans without any ceiling but `scan_pages_per_sec` as it is.
+    pub fn flat_out_but_pages(&self) -> Result<()> {
         self.set("scan_cpu_max_percent", 100)?;
         // No target time where the module has such a value, else the shortest.
         if self.try_set("scan_period_secs", b"0").is_err() {
