@@ -4,6 +4,8 @@
 
 mod check;
 mod env;
+mod guest;
+mod inside;
 mod ktap;
 mod lint;
 mod report;
@@ -47,12 +49,28 @@ enum Task {
         #[arg(long, default_value_t = 2048)]
         memory: u32,
     },
+    /// The part of tests and demo that runs inside the virtual KVM host
+    #[command(subcommand, hide = true)]
+    Inside(Inside),
     /// A shell in a virtual KVM host
     HostShell,
     /// A shell in User-Mode Linux
     UmlShell,
     /// Remove target/
     Clean,
+}
+
+#[derive(Subcommand)]
+enum Inside {
+    /// Tests with real guests, in KTAP
+    Guests {
+        /// The file system for their memory
+        #[arg(long, value_enum, default_value_t = inside::Fs::Thinram)]
+        fs: inside::Fs,
+        /// Only cases whose name contains this
+        #[arg(long, default_value = "")]
+        filter: String,
+    },
 }
 
 fn main() -> ExitCode {
@@ -67,8 +85,19 @@ fn main() -> ExitCode {
 
 fn work(task: Task) -> Result<ExitCode> {
     env::require_sysroot()?;
+    if let Task::Inside(task) = task {
+        let good = match task {
+            Inside::Guests { fs, filter } => inside::guests(fs, &filter)?,
+        };
+        return Ok(if good {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        });
+    }
     let kernel = setup::packages()?;
     match task {
+        Task::Inside(_) => {}
         Task::Setup => {
             setup::stock(&kernel)?;
             setup::kdir(&kernel)?;

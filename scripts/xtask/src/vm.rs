@@ -95,6 +95,9 @@ impl Outcome {
     }
 }
 
+/// The size of the disk that each run gets, mounted at /run/disk.
+const DISK_BYTES: u64 = 1 << 30;
+
 /// Signs of a kernel in trouble.
 const BAD: &[&str] = &[
     "BUG:",
@@ -297,6 +300,7 @@ fn uml(linux: &Path, job: &Job, dir: &Path) -> Command {
         "ssl=null",
         "panic=-1",
         "panic_on_warn=1",
+        &format!("ubd0={}", dir.join("disk.img").display()),
         &format!("thinram.dir={}", dir.display()),
     ]);
     if job.append.contains("thinram.shell=1") {
@@ -319,6 +323,8 @@ fn start(k: &Kernel, job: &Job, hardware: Hardware) -> Result<(Command, PathBuf)
     write(dir.join("job"), &job.script)?;
     write(dir.join("output.log"), "")?;
     write(dir.join("kernel.log"), "")?;
+    // Sparse: only what the run writes takes room.
+    fs::File::create(dir.join("disk.img"))?.set_len(DISK_BYTES)?;
     let cmd = match job.place {
         Place::Uml => uml(&target("uml/linux"), job, &dir),
         _ => {
@@ -384,6 +390,7 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
         }
     }
     progress.end();
+    fs::remove_file(dir.join("disk.img"))?;
     let lossy = |p: &Path| String::from_utf8_lossy(&fs::read(p).unwrap_or_default()).into_owned();
     let (output, kernel_log) = (lossy(&out), lossy(&log));
     problems.extend(self::problems(&kernel_log));
