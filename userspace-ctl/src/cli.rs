@@ -58,6 +58,21 @@ pub enum Command {
         #[arg(allow_negative_numbers = true)]
         value: String,
     },
+    /// Check a configuration.
+    Check {
+        /// The file; /etc/thinram/thinram.toml below the root where none is given.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// Do one step of the policies offline, and show what each VM would get and why.
+    Plan {
+        /// The configuration; /etc/thinram/thinram.toml below the root where none is given.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// The host and its VMs at one time, as JSON.
+        #[arg(long, value_name = "FILE")]
+        snapshot: PathBuf,
+    },
 }
 
 /// What to do with VMs.

@@ -8,11 +8,16 @@ use anyhow::bail;
 use serde::Serialize;
 use serde_json::Value;
 use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 use thinramctl::cli::{Cli, Command, VmCommand};
+use thinramctl::config::{self, Config};
 use thinramctl::host::{knob_json, Host, HostFigures};
 use thinramctl::knobs::{nearest, Knob, Scope};
+use thinramctl::plan::render as render_plan;
+use thinramctl::policy::{self, Asked};
+use thinramctl::snapshot::Snapshot;
 use thinramctl::status::{render_vm, Status, VmDetail};
 use thinramctl::sysfs::{Dir, Error};
 use thinramctl::text::escape;
@@ -27,6 +32,8 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Status { watch, count } => status(cli, *watch, *count),
         Command::Get { name } => get(cli, &Target::host(cli)?, name),
         Command::Set { name, value } => set(cli, None, name, value),
+        Command::Check { config } => check(cli, config.as_deref()),
+        Command::Plan { config, snapshot } => plan(cli, config.as_deref(), snapshot),
         Command::Vm(VmCommand::List) => list(cli),
         Command::Vm(VmCommand::Show { vm }) => show(cli, vm),
         Command::Vm(VmCommand::Get { vm, name }) => get(cli, &Target::vm(cli, vm)?, name),
@@ -302,4 +309,50 @@ fn set(cli: &Cli, vm: Option<&OsStr>, name: &str, text: &str) -> anyhow::Result<
         line.push_str(&format!(" (asked for {})", show(&value)));
     }
     output::print(&(line + "\n"))
+}
+
+fn config_path(cli: &Cli, given: Option<&Path>) -> PathBuf {
+    given.map_or_else(|| cli.root.join(config::PATH), Path::to_owned)
+}
+
+fn check(cli: &Cli, given: Option<&Path>) -> anyhow::Result<()> {
+    let path = config_path(cli, given);
+    let config = Config::load(&path)?;
+    let policy = config.host.policy;
+    if cli.json {
+        #[derive(Serialize)]
+        struct Checked {
+            ok: bool,
+            policy: policy::PolicyKind,
+            vms: usize,
+        }
+        return output::print_json(
+            &Checked {
+                ok: true,
+                policy,
+                vms: config.vms.len(),
+            },
+            false,
+        );
+    }
+    let vms = match config.vms.len() {
+        1 => "1 VM".to_owned(),
+        count => format!("{count} VMs"),
+    };
+    let path = escape(path.as_os_str().as_encoded_bytes());
+    output::print(&format!(
+        "{path} is good: policy {}, {vms}\n",
+        policy.name()
+    ))
+}
+
+fn plan(cli: &Cli, given: Option<&Path>, snapshot: &Path) -> anyhow::Result<()> {
+    let config = Config::load(&config_path(cli, given))?;
+    let snapshot = Snapshot::load(snapshot)?;
+    let plan = policy::step(&config, &snapshot, &Asked::default());
+    if cli.json {
+        output::print_json(&plan, false)
+    } else {
+        output::print(&render_plan(&plan, &snapshot, output::width()))
+    }
 }

@@ -6,9 +6,13 @@
 //! [`status`]), so that every screen is a pure function of a snapshot and a width.
 
 pub mod cli;
+pub mod config;
 mod figures;
 pub mod host;
 pub mod knobs;
+pub mod plan;
+pub mod policy;
+pub mod snapshot;
 pub mod status;
 pub mod sysfs;
 pub mod table;

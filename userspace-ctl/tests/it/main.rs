@@ -3,5 +3,6 @@
 //! Tests of the program and of what needs files: one binary, so that it links once.
 
 mod cli;
+mod plan;
 mod race;
 mod tree;

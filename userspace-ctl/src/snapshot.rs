@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a policy decides from: the host and its guests at one time.
+
+use serde::de::{self, Deserializer};
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// Why a snapshot cannot be used.
+#[derive(Debug, Error)]
+pub enum SnapshotError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is no JSON, or not of this shape.
+    #[error("{path}: {source}")]
+    Json {
+        /// Which file.
+        path: PathBuf,
+        /// What, and in which line and column.
+        source: serde_json::Error,
+    },
+    /// Two VMs of one name.
+    #[error("{path}: there are two VMs named `{name}`")]
+    Twice {
+        /// Which file.
+        path: PathBuf,
+        /// The name.
+        name: String,
+    },
+}
+
+/// The host and its guests at one time.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Seconds since some fixed time.
+    pub now_s: f64,
+    /// The host.
+    pub host: HostSample,
+    /// The guests, each name once.
+    pub vms: Vec<VmSample>,
+}
+
+/// The host's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostSample {
+    /// All memory.
+    pub total_kb: u64,
+    /// What can be had without swapping.
+    pub available_kb: u64,
+}
+
+/// One guest; a figure that nobody could tell is `None` (absent, `null` or -1).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSample {
+    /// Its name.
+    pub name: String,
+    /// What its balloon leaves it.
+    #[serde(
+        default,
+        deserialize_with = "kb_or_nothing",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub current_kb: Option<u64>,
+    /// What its programs have asked for; without it, it is estimated.
+    #[serde(
+        default,
+        deserialize_with = "kb_or_nothing",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub committed_kb: Option<u64>,
+    /// All memory that it sees.
+    #[serde(
+        default,
+        deserialize_with = "kb_or_nothing",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub guest_total_kb: Option<u64>,
+    /// Its free memory.
+    #[serde(
+        default,
+        deserialize_with = "kb_or_nothing",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub guest_free_kb: Option<u64>,
+    /// What its programs could still get.
+    #[serde(
+        default,
+        deserialize_with = "kb_or_nothing",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub guest_available_kb: Option<u64>,
+    /// What it lately used.
+    #[serde(
+        default,
+        deserialize_with = "kb_or_nothing",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub active_kb: Option<u64>,
+    /// Host memory that it holds.
+    #[serde(
+        default,
+        deserialize_with = "kb_or_nothing",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub resident_kb: Option<u64>,
+    /// Net swap-out since the guest started, part of the estimate of its committed memory.
+    #[serde(
+        default,
+        deserialize_with = "kb_or_nothing",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub swapped_out_kb: Option<u64>,
+}
+
+/// A guest about which everything is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Figures {
+    /// What its balloon leaves it.
+    pub current_kb: u64,
+    /// What its programs have asked for.
+    pub committed_kb: u64,
+    /// Whether that is an estimate.
+    pub estimated: bool,
+    /// All memory that it sees.
+    pub guest_total_kb: u64,
+    /// What it lately used.
+    pub active_kb: u64,
+    /// Host memory that it holds.
+    pub resident_kb: u64,
+}
+
+impl VmSample {
+    /// All figures, or the names of those that are missing.
+    pub fn figures(&self) -> Result<Figures, Vec<&'static str>> {
+        let mut missing = Vec::new();
+        let mut need = |name, value: Option<u64>| {
+            if value.is_none() {
+                missing.push(name);
+            }
+            value.unwrap_or(0)
+        };
+        let current_kb = need("current_kb", self.current_kb);
+        let guest_total_kb = need("guest_total_kb", self.guest_total_kb);
+        let guest_available_kb = need("guest_available_kb", self.guest_available_kb);
+        need("guest_free_kb", self.guest_free_kb);
+        let active_kb = need("active_kb", self.active_kb);
+        let resident_kb = need("resident_kb", self.resident_kb);
+        if !missing.is_empty() {
+            return Err(missing);
+        }
+        let used = guest_total_kb.saturating_sub(guest_available_kb);
+        let estimate = used.saturating_add(self.swapped_out_kb.unwrap_or(0));
+        Ok(Figures {
+            current_kb,
+            committed_kb: self.committed_kb.unwrap_or(estimate),
+            estimated: self.committed_kb.is_none(),
+            guest_total_kb,
+            active_kb,
+            resident_kb,
+        })
+    }
+}
+
+impl Figures {
+    /// Committed memory as a percentage of what the guest sees.
+    pub fn pressure_percent(&self) -> u64 {
+        if self.guest_total_kb == 0 {
+            return u64::MAX;
+        }
+        let percent = u128::from(self.committed_kb) * 100 / u128::from(self.guest_total_kb);
+        u64::try_from(percent).unwrap_or(u64::MAX)
+    }
+}
+
+impl Snapshot {
+    /// Reads a file.
+    pub fn load(path: &Path) -> Result<Self, SnapshotError> {
+        let bytes = fs::read(path).map_err(|source| SnapshotError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let snapshot: Self =
+            serde_json::from_slice(&bytes).map_err(|source| SnapshotError::Json {
+                path: path.to_owned(),
+                source,
+            })?;
+        let mut seen = HashSet::new();
+        match snapshot.vms.iter().find(|vm| !seen.insert(&vm.name)) {
+            Some(vm) => Err(SnapshotError::Twice {
+                path: path.to_owned(),
+                name: vm.name.clone(),
+            }),
+            None => Ok(snapshot),
+        }
+    }
+}
+
+/// What virtio-balloon, and whoever records it, says for a figure that is not known.
+const NOT_KNOWN: i64 = -1;
+
+fn kb_or_nothing<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    match Option::<i64>::deserialize(deserializer)? {
+        None | Some(NOT_KNOWN) => Ok(None),
+        Some(value) => u64::try_from(value)
+            .map(Some)
+            .map_err(|_| de::Error::custom(format_args!("`{value}` is no size in KiB"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(text: &str) -> VmSample {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let vm = sample(
+            r#"{"name": "a", "current_kb": 1000, "guest_total_kb": null, "active_kb": -1,
+                "guest_free_kb": 5, "guest_available_kb": 7, "resident_kb": 900, "more": [1]}"#,
+        );
+        assert_eq!(vm.figures(), Err(vec!["guest_total_kb", "active_kb"]));
+        for bad in [
+            r#"{"name": "a", "current_kb": -2}"#,
+            r#"{"name": "a", "current_kb": "1G"}"#,
+        ] {
+            assert!(serde_json::from_str::<VmSample>(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn committed_memory_is_estimated_where_it_is_not_told() {
+        let mut vm = VmSample {
+            name: "a".into(),
+            current_kb: Some(1000),
+            committed_kb: None,
+            guest_total_kb: Some(900),
+            guest_free_kb: Some(100),
+            guest_available_kb: Some(300),
+            active_kb: Some(200),
+            resident_kb: Some(800),
+            swapped_out_kb: Some(50),
+        };
+        let figures = vm.figures().unwrap();
+        assert_eq!((figures.committed_kb, figures.estimated), (650, true));
+        assert_eq!(figures.pressure_percent(), 72);
+        vm.committed_kb = Some(1800);
+        let figures = vm.figures().unwrap();
+        assert_eq!((figures.committed_kb, figures.estimated), (1800, false));
+        assert_eq!(figures.pressure_percent(), 200);
+        vm.guest_total_kb = Some(0);
+        assert_eq!(vm.figures().unwrap().pressure_percent(), u64::MAX);
+    }
+}
