@@ -11,6 +11,7 @@ mod lint;
 mod report;
 mod setup;
 mod step;
+mod suites;
 mod vm;
 
 use anyhow::Result;
@@ -35,6 +36,8 @@ enum Task {
     Module,
     /// Formatting, lints and the rules of the house
     Check,
+    /// Every test
+    Test,
     /// Run a shell command as root in a kernel of its own and show what it says
     Run {
         /// Which kernel
@@ -121,6 +124,7 @@ fn work(task: Task) -> Result<ExitCode> {
                 check::all(&kernel)?,
             )]))
         }
+        Task::Test => return Ok(report::show(&suites::all(&kernel))),
         Task::Run {
             place,
             command,

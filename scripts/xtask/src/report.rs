@@ -35,6 +35,11 @@ impl Suite {
         }
     }
 
+    /// True if it ran and nothing failed.
+    pub fn good(&self) -> bool {
+        !self.tests.is_empty() && self.count(failed) == 0
+    }
+
     fn count(&self, wanted: fn(&Outcome) -> bool) -> usize {
         self.tests.iter().filter(|t| wanted(&t.outcome)).count()
     }

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `cargo xtask test`: every suite, from unit tests to guests on the stock kernel.
+
+use crate::env::{read, target, Kernel};
+use crate::ktap::{self, Outcome, Test};
+use crate::report::Suite;
+use crate::step::{run, say, tied};
+use crate::vm::{self, Job, Place};
+use crate::{check, setup};
+use anyhow::Result;
+use std::time::Duration;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// All suites. One that cannot run is a failure, and the others run all the same.
+pub fn all(k: &Kernel) -> Vec<Suite> {
+    let mut suites = vec![
+        Suite::run("unit tests", workspace),
+        Suite::run("check", || check::all(k)),
+    ];
+    let module = Suite::run("module for the stock kernel", || {
+        setup::module(k)?;
+        Ok(vec![Test::pass("module builds")])
+    });
+    let built = module.good();
+    suites.push(module);
+    if let Err(e) = programs() {
+        suites.push(Suite::new(
+            "programs",
+            vec![Test::fail("programs build", format!("{e:#}"))],
+        ));
+        return suites;
+    }
+    suites.extend(uml(k));
+    if !built {
+        return suites;
+    }
+    // Two machines fit on two cores: the one with guests has a single CPU.
+    let (smp, kvm) = std::thread::scope(|s| {
+        let smp = s.spawn(|| Suite::run("stock kernel, 2 CPUs: scenarios", || smp(k)));
+        let kvm = Suite::run("stock kernel: KVM guests", || guests(k));
+        (smp.join(), kvm)
+    });
+    suites.push(smp.unwrap_or_else(|_| {
+        let name = "stock kernel, 2 CPUs: scenarios";
+        Suite::new(
+            name,
+            vec![Test::fail("suite", "the runner itself panicked")],
+        )
+    }));
+    suites.push(kvm);
+    suites
+}
+
+/// What runs inside the machines.
+pub fn programs() -> Result<()> {
+    let mut cargo = tied("cargo");
+    cargo.args([
+        "build",
+        "--release",
+        "--package",
+        "thinram-scenario",
+        "--package",
+        "thinramctl",
+    ]);
+    run(target("programs.log"), &mut cargo)
+}
+
+fn workspace() -> Result<Vec<Test>> {
+    say("unit tests");
+    let log = target("unit-tests.log");
+    let mut cargo = tied("cargo");
+    cargo.args(["test", "--workspace", "--no-fail-fast"]);
+    let ended = run(&log, &mut cargo);
+    let mut tests = unit_tests(&read(&log)?);
+    let failed = tests.iter().any(|t| matches!(t.outcome, Outcome::Fail(_)));
+    if let (Err(e), false) = (ended, failed) {
+        tests.push(Test::fail("cargo test", format!("{e:#}")));
+    }
+    Ok(tests)
+}
+
+/// The tests in the output of `cargo test`.
+fn unit_tests(text: &str) -> Vec<Test> {
+    let mut krate = String::new();
+    let mut tests = Vec::new();
+    for line in text.lines() {
+        let line = line.trim();
+        if line.starts_with("Running ") {
+            let binary = line.rsplit('/').next().unwrap_or("");
+            krate = binary.split('-').next().unwrap_or("").to_string();
+        } else if let Some(name) = line.strip_prefix("Doc-tests ") {
+            krate = format!("{name} (doc)");
+        }
+        let Some((name, verdict)) = line
+            .strip_prefix("test ")
+            .and_then(|l| l.rsplit_once(" ... "))
+        else {
+            continue;
+        };
+        let name = format!("{krate}: {name}");
+        let outcome = match verdict {
+            "ok" => Outcome::Pass,
+            v if v.starts_with("ignored") => {
+                let why = v
+                    .trim_start_matches("ignored")
+                    .trim_start_matches([',', ' ']);
+                Outcome::Skip(why.to_string())
+            }
+            _ => Outcome::Fail(format!("see {}", target("unit-tests.log").display())),
+        };
+        tests.push(Test { name, outcome });
+    }
+    tests
+}
+
+fn uml(k: &Kernel) -> Vec<Suite> {
+    let built = match setup::uml(k) {
+        Ok(_) => Test::pass("User-Mode Linux builds"),
+        Err(e) => {
+            let test = Test::fail("User-Mode Linux builds", format!("{e:#}"));
+            return vec![Suite::new("UML", vec![test])];
+        }
+    };
+    let kunit = Suite::run("UML: KUnit", || {
+        let run = vm::execute(
+            k,
+            &Job {
+                append: KUNIT.into(),
+                ..job("kunit", Place::Uml, "true")
+            },
+        )?;
+        let mut tests = vec![built];
+        tests.extend(ktap::parse(&run.kernel_log));
+        tests.extend(run.health());
+        Ok(tests)
+    });
+    let scenarios = Suite::run("UML, native speed: scenarios", || {
+        let script = "/src/scripts/vm/process";
+        Ok(vm::execute(k, &job("uml-scenarios", Place::Uml, script))?.tests())
+    });
+    vec![kunit, scenarios]
+}
+
+/// Only this module's suites; a plan of nothing is a failure.
+const KUNIT: &str = "kunit.filter_glob=thinram*";
+
+fn smp(k: &Kernel) -> Result<Vec<Test>> {
+    let script = "/src/scripts/vm/process --patience 15 --scale 0.3";
+    Ok(vm::execute(k, &job("smp-scenarios", Place::SmpHost, script))?.tests())
+}
+
+fn guests(k: &Kernel) -> Result<Vec<Test>> {
+    vm::guests(k)?;
+    let script = "/src/target/sysroot/release/xtask inside guests";
+    Ok(vm::execute(k, &job("kvm-guests", Place::KvmHost, script))?.tests())
+}
+
+/// A job of the size that the suites need.
+fn job(name: &str, place: Place, script: &str) -> Job {
+    let append = if place == Place::Uml {
+        "kunit.enable=0"
+    } else {
+        ""
+    };
+    Job {
+        name: name.into(),
+        place,
+        script: format!("exec {script}\n"),
+        timeout: if place == Place::Uml {
+            10 * MINUTE
+        } else {
+            25 * MINUTE
+        },
+        memory_mib: 2048,
+        append: append.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cargo_test_output_is_read() {
+        let text = "     Running unittests src/main.rs (target/debug/deps/xtask-5c8a)\n\
+                    running 3 tests\ntest a::b ... ok\ntest c ... FAILED\n\
+                    test d ... ignored, needs a disk\n   Doc-tests thinram_logic\n\
+                    test lib.rs - f (line 3) ... ok\n";
+        let tests = unit_tests(text);
+        assert_eq!(tests.len(), 4);
+        assert_eq!(tests[0], Test::pass("xtask: a::b"));
+        assert!(matches!(tests[1].outcome, Outcome::Fail(_)));
+        assert_eq!(tests[2].outcome, Outcome::Skip("needs a disk".into()));
+        assert_eq!(tests[3].name, "thinram_logic (doc): lib.rs - f (line 3)");
+    }
+}
