@@ -61,7 +61,8 @@ pub struct Host {
 
 /// Whether a file of the host directory counts a reason of refusal.
 pub fn is_refusal(name: &str) -> bool {
-    name.split('_').any(|part| part == "refused")
+    name.split('_')
+        .any(|part| matches!(part, "refused" | "refusals"))
 }
 
 impl Host {

@@ -98,14 +98,14 @@ pub const KNOBS: &[Knob] = &[
         Kind::Number,
         ANY,
         "200",
-        None,
+        Some("no such pace"),
         "Seconds that a full scan shall take."
     ),
     knob!(
         Host,
         "scan_cpu_max_percent",
         Kind::Percent,
-        (0, 100),
+        (1, 100),
         "20",
         None,
         "Share of one CPU that the scanner may use."
@@ -177,7 +177,7 @@ pub const KNOBS: &[Knob] = &[
         Host,
         "idle_tax_percent",
         Kind::Percent,
-        (0, 100),
+        (0, 99),
         "75",
         None,
         "How much more idle memory costs a VM than memory in use."
@@ -561,7 +561,7 @@ mod tests {
         );
         assert_eq!(
             said(host("idle_tax_percent"), "101%"),
-            "idle_tax_percent: `101%` is out of range: 0% to 100%"
+            "idle_tax_percent: `101%` is out of range: 0% to 99%"
         );
         assert!(said(vm("limit_kb"), "2Q").contains("`2Q` is no size"));
         assert!(said(host("scan_period_secs"), "-1").contains("`-1` is no whole number"));

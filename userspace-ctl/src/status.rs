@@ -93,7 +93,10 @@ impl Status {
                 knobs.get("run").map(|run| run_words(run)),
                 knobs
                     .get("scan_period_secs")
-                    .map(|s| format!("a full scan in {} s", escape(s.as_bytes()))),
+                    .map(|period| match period.as_str() {
+                        "0" => "no set period".to_owned(),
+                        secs => format!("a full scan in {secs} s"),
+                    }),
                 knobs
                     .get("scan_pages_per_sec")
                     .map(|pages| match pages.as_str() {

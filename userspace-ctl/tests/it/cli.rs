@@ -296,7 +296,7 @@ fn bad_values_change_nothing() {
         (
             "scan_cpu_max_percent",
             "101%",
-            "`101%` is out of range: 0% to 100%",
+            "`101%` is out of range: 1% to 100%",
         ),
         ("share_scope", "all", "`all` is none of vm, domain, host"),
         ("max_page_sharing", "1", "`1` is out of range: 2 to 1048576"),
