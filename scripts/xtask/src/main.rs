@@ -3,6 +3,7 @@
 //! The work behind `make`: sysroot, kernels, boots, verdicts, reports.
 
 mod check;
+mod demo;
 mod env;
 mod guest;
 mod inside;
@@ -38,6 +39,8 @@ enum Task {
     Check,
     /// Every test
     Test,
+    /// Three KVM guests share memory on the stock kernel; target/demo/report.json
+    Demo,
     /// Run a shell command as root in a kernel of its own and show what it says
     Run {
         /// Which kernel
@@ -65,6 +68,8 @@ enum Task {
 
 #[derive(Subcommand)]
 enum Inside {
+    /// The demo
+    Demo,
     /// Tests with real guests, in KTAP
     Guests {
         /// The file system for their memory
@@ -90,6 +95,7 @@ fn work(task: Task) -> Result<ExitCode> {
     env::require_sysroot()?;
     if let Task::Inside(task) = task {
         let good = match task {
+            Inside::Demo => demo::run()?,
             Inside::Guests { fs, filter } => inside::guests(fs, &filter)?,
         };
         return Ok(if good {
@@ -125,6 +131,7 @@ fn work(task: Task) -> Result<ExitCode> {
             )]))
         }
         Task::Test => return Ok(report::show(&suites::all(&kernel))),
+        Task::Demo => return demo_host(&kernel),
         Task::Run {
             place,
             command,
@@ -143,9 +150,9 @@ fn work(task: Task) -> Result<ExitCode> {
                 timeout: Duration::from_secs(timeout),
                 memory_mib: memory,
                 append: String::new(),
+                stream: true,
             };
             let run = vm::execute(&kernel, &job)?;
-            print!("{}", run.output);
             step::say(format!(
                 "{}, logs in {}",
                 step::took(run.time),
@@ -171,4 +178,42 @@ fn work(task: Task) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The demo as seen from outside: everything is made ready, then the host boots.
+fn demo_host(kernel: &env::Kernel) -> Result<ExitCode> {
+    setup::module(kernel)?;
+    suites::programs()?;
+    vm::guests(kernel)?;
+    let report = demo::report_path();
+    if report.exists() {
+        std::fs::remove_file(&report)?;
+    }
+    step::say("boot of the stock kernel as KVM host");
+    let job = vm::Job {
+        name: "demo".into(),
+        place: vm::Place::KvmHost,
+        script: "exec /src/target/sysroot/release/xtask inside demo\n".into(),
+        timeout: Duration::from_secs(20 * 60),
+        memory_mib: 2048,
+        append: String::new(),
+        stream: true,
+    };
+    let run = vm::execute(kernel, &job)?;
+    for problem in &run.problems {
+        step::say(format!("kernel: {problem}"));
+    }
+    let good = run.exit == Some(0) && run.problems.is_empty();
+    let verdict = if good {
+        "every guest was intact"
+    } else {
+        "FAILED"
+    };
+    step::say(format!("demo: {verdict}, {}", step::took(run.time)));
+    step::say("report: target/demo/report.json");
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }

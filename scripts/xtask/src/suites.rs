@@ -175,6 +175,7 @@ fn job(name: &str, place: Place, script: &str) -> Job {
         },
         memory_mib: 2048,
         append: append.into(),
+        stream: false,
     }
 }
 

@@ -11,6 +11,7 @@ use crate::setup;
 use crate::step::{last_line, output, run, say, stamp, step, tail, tied, took, Progress};
 use anyhow::{bail, Context, Result};
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -51,6 +52,8 @@ pub struct Job {
     pub memory_mib: u32,
     /// More of the kernel's command line.
     pub append: String,
+    /// Show the script's output as it comes.
+    pub stream: bool,
 }
 
 /// What a run left.
@@ -357,6 +360,7 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
     let mut child = cmd.spawn().with_context(|| format!("{cmd:?}"))?;
     let (out, log) = (dir.join("output.log"), dir.join("kernel.log"));
     let mut progress = Progress::new();
+    let mut stream = Stream::new(job.stream.then_some(out.as_path()));
     let mut ended: Option<Instant> = None;
     let mut problems = Vec::new();
     loop {
@@ -364,15 +368,19 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
             break;
         }
         std::thread::sleep(Duration::from_millis(100));
-        progress.tick(|| {
-            let line = last_line(&out);
-            let line = if line.is_empty() {
-                last_line(&log)
-            } else {
-                line
-            };
-            format!("{}: {line}", job.name)
-        });
+        if job.stream {
+            stream.pass_on();
+        } else {
+            progress.tick(|| {
+                let line = last_line(&out);
+                let line = if line.is_empty() {
+                    last_line(&log)
+                } else {
+                    line
+                };
+                format!("{}: {line}", job.name)
+            });
+        }
         if ended.is_none() && exit_of(&last_line(&out)).is_some() {
             ended = Some(Instant::now());
         }
@@ -390,6 +398,7 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
         }
     }
     progress.end();
+    stream.pass_on();
     fs::remove_file(dir.join("disk.img"))?;
     let lossy = |p: &Path| String::from_utf8_lossy(&fs::read(p).unwrap_or_default()).into_owned();
     let (output, kernel_log) = (lossy(&out), lossy(&log));
@@ -411,6 +420,38 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
     })
 }
 
+/// Passes on what is appended to a file, by whole lines.
+struct Stream {
+    file: Option<fs::File>,
+    partial: Vec<u8>,
+}
+
+impl Stream {
+    fn new(path: Option<&Path>) -> Self {
+        Self {
+            file: path.and_then(|p| fs::File::open(p).ok()),
+            partial: Vec::new(),
+        }
+    }
+
+    fn pass_on(&mut self) {
+        let Some(file) = &mut self.file else { return };
+        if file.read_to_end(&mut self.partial).is_err() {
+            return;
+        }
+        let Some(end) = self.partial.iter().rposition(|b| *b == b'\n') else {
+            return;
+        };
+        let rest = self.partial.split_off(end + 1);
+        let text = std::mem::replace(&mut self.partial, rest);
+        for line in String::from_utf8_lossy(&text).lines() {
+            if !line.starts_with("thinram-exit: ") {
+                println!("{line}");
+            }
+        }
+    }
+}
+
 fn kill(child: &mut Child) {
     let _ = child.kill();
     let _ = child.wait();
@@ -425,6 +466,7 @@ pub fn shell(k: &Kernel, place: Place, script: &str, memory_mib: u32) -> Result<
         timeout: Duration::MAX,
         memory_mib,
         append: "thinram.shell=1".into(),
+        stream: false,
     };
     let hardware = if place == Place::Uml {
         Hardware::None
@@ -474,6 +516,7 @@ pub fn hardware(k: &Kernel) -> Result<Hardware> {
             timeout: Duration::from_secs(40),
             memory_mib: 1024,
             append: String::new(),
+            stream: false,
         };
             let run = execute_on(k, &job, Hardware::Nested)?;
             let found = match (run.exit, run.output.lines().any(|l| l.trim() == "nested")) {
