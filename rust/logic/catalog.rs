@@ -222,7 +222,7 @@ impl<const N: usize, const W: usize, const H: usize> Shelf<N, W, H> {
         let found = pairs.enumerate().fold(0u64, |found, (i, pair)| {
             // Gathers bits 15, 31, 47, 63 in the top four.
             let four = (equal(pair) >> 15).wrapping_mul(0x0001_0002_0004_0008) >> 48;
-            found | (four & 0xf) << (4 * i)
+            found | ((four & 0xf) << (4 * i))
         });
         found & ((1u64 << self.used()) - 1)
     }
@@ -371,7 +371,7 @@ impl GroupPage {
         let home = place_in_page(number) as u8;
         let alike = Places(self.spill.matches(tag));
         let ours = alike.filter(|&at| self.spill.homes.get(at) == Some(&home));
-        ours.fold(0, |mask, at| mask | 1 << at)
+        ours.fold(0, |mask, at| mask | (1 << at))
     }
 
     fn add_spilled(&mut self, number: u32, by: i8) {
@@ -613,14 +613,14 @@ impl<S: PageStore> Catalog<S> {
             }
             Phase::Folding { pair } => {
                 let half = tag >> 13;
-                if (half << self.level | row) < pair {
-                    half << 1 | (hash >> self.level) as u32 & 1
+                if ((half << self.level) | row) < pair {
+                    (half << 1) | ((hash >> self.level) as u32 & 1)
                 } else {
                     tag >> 12
                 }
             }
         };
-        column << self.level | row
+        (column << self.level) | row
     }
 
     /// The entries with a hash like this one, stable ones first: their tags are equal, the rest has
@@ -827,8 +827,8 @@ impl<S: PageStore> Catalog<S> {
         let Some(column) = left.checked_sub(1) else {
             return false;
         };
-        let from = column << self.level | row;
-        let to = (column + 1) << self.level | row;
+        let from = (column << self.level) | row;
+        let to = ((column + 1) << self.level) | row;
         let columns = self.columns + 1;
         let mut moved = Bounded::new();
         self.lift(from, 0, &mut moved, &mut |item| {
@@ -870,7 +870,7 @@ impl<S: PageStore> Catalog<S> {
         let mask = (1u32 << level) - 1;
         let row = pair & mask;
         let half = pair >> level;
-        let both = [(2 * half) << level | row, (2 * half + 1) << level | row];
+        let both = [((2 * half) << level) | row, ((2 * half + 1) << level) | row];
         let mut moved = Bounded::new();
         for (number, side) in both.into_iter().zip(0u8..) {
             self.lift(number, side, &mut moved, &mut |item| {

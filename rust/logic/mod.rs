@@ -10,6 +10,8 @@
 
 pub mod catalog;
 pub mod counts;
+pub mod hist;
+pub mod pace;
 pub mod records;
 pub mod slot;
 pub mod tunables;
