@@ -2,10 +2,10 @@
 
 //! What a case gets: its directory, mounts, VMs, and patience.
 
-use std::cell::Cell;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
@@ -66,7 +66,7 @@ pub struct Ctx {
     pub setup: Setup,
     /// The case's own empty directory.
     pub dir: PathBuf,
-    unmount_failed: Cell<bool>,
+    unmount_failed: AtomicBool,
 }
 
 impl Ctx {
@@ -75,7 +75,7 @@ impl Ctx {
         Ctx {
             setup,
             dir,
-            unmount_failed: Cell::new(false),
+            unmount_failed: AtomicBool::new(false),
         }
     }
 
@@ -111,7 +111,7 @@ impl Ctx {
 
     /// Whether a mount of the case could not be taken down.
     pub fn leaked_mount(&self) -> bool {
-        self.unmount_failed.get()
+        self.unmount_failed.load(Ordering::Relaxed)
     }
 
     /// `seconds` on this machine.
@@ -316,7 +316,7 @@ impl Drop for Mount<'_> {
                 }
             }
         }
-        self.ctx.unmount_failed.set(true);
+        self.ctx.unmount_failed.store(true, Ordering::Relaxed);
     }
 }
 

@@ -80,14 +80,6 @@ impl Case {
         }
     }
 
-    /// With another limit.
-    pub const fn limit(self, seconds: f64) -> Case {
-        Case {
-            limit: seconds,
-            ..self
-        }
-    }
-
     /// Bounded by time.
     pub const fn span(self, seconds: f64) -> Case {
         Case {

@@ -300,7 +300,7 @@ fn protect(ctx: &Ctx) -> Result<()> {
             len: 8,
         }];
         let pid = Pid::from_raw(i32::try_from(pid)?);
-        let done = process_vm_writev(pid, &[IoSlice::new(&[0xff; 8])], &mut remote[..]);
+        let done = process_vm_writev(pid, &[IoSlice::new(&[0xff; 8])], &remote);
         fails(
             format!("a write to protected page {page}"),
             done,

@@ -1,5 +1,114 @@
 // SPDX-License-Identifier: GPL-2.0
-pub fn list() {}
-pub fn run(_: &crate::ctx::Setup, _: &str) -> anyhow::Result<()> {
-    Ok(())
+
+//! Shows that the torture notices: a debug build takes one protection out, and must be caught.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{bail, Context, Result};
+
+use crate::ctx::Setup;
+use crate::harness::{comment, run_case, Report, Verdict};
+use crate::sys::become_subreaper;
+
+/// One protection of the module that a debug build can take out.
+struct Protection {
+    /// The switch is `break_<name>` in the module's debugfs directory; 1 takes it out.
+    name: &'static str,
+    /// What it protects from.
+    prevents: &'static str,
+    /// The case that must see corrupted data without it.
+    case: &'static str,
+}
+
+const PROTECTIONS: &[Protection] = &[
+    Protection {
+        name: "freeze",
+        prevents: "merging a page that somebody else holds",
+        case: "torture/direct",
+    },
+    Protection {
+        name: "zap_before_compare",
+        prevents: "a write between the comparison and the merge",
+        case: "torture/mapping",
+    },
+    Protection {
+        name: "cow_lock",
+        prevents: "copying a page before its slot is locked",
+        case: "torture/mapping",
+    },
+    Protection {
+        name: "punch_zap",
+        prevents: "a mapping that outlives the page's hole",
+        case: "torture/punch",
+    },
+    Protection {
+        name: "shared_readonly",
+        prevents: "writing to a frame that others share",
+        case: "torture/mapping",
+    },
+];
+
+/// Prints the table.
+pub fn list() {
+    for Protection {
+        name,
+        prevents,
+        case,
+    } in PROTECTIONS
+    {
+        println!("{name:<20} {case:<18} {prevents}");
+    }
+}
+
+/// Takes out `wanted`, or each in turn for `all`.
+pub fn run(setup: &Setup, wanted: &str) -> Result<()> {
+    let chosen: Vec<&Protection> = PROTECTIONS
+        .iter()
+        .filter(|p| wanted == "all" || p.name == wanted)
+        .collect();
+    if chosen.is_empty() {
+        bail!("no protection is named {wanted:?}; `prove --list` prints the names");
+    }
+    become_subreaper()?;
+    let mut report = Report::start(chosen.len());
+    for protection in chosen {
+        let start = Instant::now();
+        let verdict = prove(setup, protection)?;
+        report.result(
+            &format!("prove/{}", protection.name),
+            &verdict,
+            start.elapsed(),
+        );
+    }
+    report.end()
+}
+
+fn prove(setup: &Setup, protection: &Protection) -> Result<Verdict> {
+    let switch = setup.debug.join(format!("break_{}", protection.name));
+    if let Err(e) = turn(&switch, true) {
+        comment(&format!(
+            "{e:#}: not a debug build, or debugfs is not mounted?"
+        ));
+        return Ok(Verdict::Fail);
+    }
+    let seen = run_case(crate::case(protection.case)?, setup);
+    turn(&switch, false)?;
+    Ok(match seen? {
+        Verdict::Corrupt => Verdict::Pass,
+        other => {
+            comment(&format!(
+                "expected that {} sees corrupted data without the protection from {}, seen \
+                 {other:?}",
+                protection.case, protection.prevents,
+            ));
+            Verdict::Fail
+        }
+    })
+}
+
+fn turn(switch: &Path, out: bool) -> Result<()> {
+    fs::write(switch, if out { "1" } else { "0" })
+        .with_context(|| format!("write {}", switch.display()))
 }

@@ -94,11 +94,6 @@ impl Map {
         self.addr
     }
 
-    /// Length in bytes.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
     /// Number of pages.
     pub fn pages(&self) -> usize {
         self.len / PAGE
@@ -172,14 +167,26 @@ impl Map {
 
     /// `mlock` of everything.
     pub fn lock(&self) -> nix::Result<()> {
+        self.lock_part(0, self.len)
+    }
+
+    /// `mlock` of `len` bytes from byte `from`.
+    pub fn lock_part(&self, from: usize, len: usize) -> nix::Result<()> {
+        self.check(from, len)?;
         // SAFETY: mlock changes no content.
-        Errno::result(unsafe { libc::mlock(self.addr as *const c_void, self.len) }).map(drop)
+        Errno::result(unsafe { libc::mlock((self.addr + from) as *const c_void, len) }).map(drop)
     }
 
     /// `munlock` of everything.
     pub fn unlock(&self) -> nix::Result<()> {
+        self.unlock_part(0, self.len)
+    }
+
+    /// `munlock` of `len` bytes from byte `from`.
+    pub fn unlock_part(&self, from: usize, len: usize) -> nix::Result<()> {
+        self.check(from, len)?;
         // SAFETY: munlock changes no content.
-        Errno::result(unsafe { libc::munlock(self.addr as *const c_void, self.len) }).map(drop)
+        Errno::result(unsafe { libc::munlock((self.addr + from) as *const c_void, len) }).map(drop)
     }
 
     /// `mincore`: which pages are resident.
