@@ -12,6 +12,7 @@ pub mod host;
 pub mod knobs;
 pub mod plan;
 pub mod policy;
+pub mod qmp;
 pub mod snapshot;
 pub mod status;
 pub mod sysfs;

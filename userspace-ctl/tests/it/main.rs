@@ -4,5 +4,6 @@
 
 mod cli;
 mod plan;
+mod qemu;
 mod race;
 mod tree;
