@@ -149,11 +149,6 @@ impl Guest {
         })
     }
 
-    /// QEMU's process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     /// All lines of its console so far.
     pub fn lines(&self) -> Vec<String> {
         self.lines.lock().map(|l| l.clone()).unwrap_or_default()

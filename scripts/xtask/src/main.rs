@@ -2,6 +2,7 @@
 
 //! The work behind `make`: sysroot, kernels, boots, verdicts, reports.
 
+mod bench;
 mod check;
 mod demo;
 mod env;
@@ -41,6 +42,8 @@ enum Task {
     Test,
     /// Three KVM guests share memory on the stock kernel; target/demo/report.json
     Demo,
+    /// ThinRAM's scanner against KSM at native speed; target/bench/scan.json
+    Bench,
     /// Run a shell command as root in a kernel of its own and show what it says
     Run {
         /// Which kernel
@@ -68,6 +71,8 @@ enum Task {
 
 #[derive(Subcommand)]
 enum Inside {
+    /// The benchmark
+    Bench,
     /// The demo
     Demo,
     /// Tests with real guests, in KTAP
@@ -95,6 +100,7 @@ fn work(task: Task) -> Result<ExitCode> {
     env::require_sysroot()?;
     if let Task::Inside(task) = task {
         let good = match task {
+            Inside::Bench => bench::run()?,
             Inside::Demo => demo::run()?,
             Inside::Guests { fs, filter } => inside::guests(fs, &filter)?,
         };
@@ -131,6 +137,7 @@ fn work(task: Task) -> Result<ExitCode> {
             )]))
         }
         Task::Test => return Ok(report::show(&suites::all(&kernel))),
+        Task::Bench => return bench_host(&kernel),
         Task::Demo => return demo_host(&kernel),
         Task::Run {
             place,
@@ -216,4 +223,35 @@ fn demo_host(kernel: &env::Kernel) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// The benchmark as seen from outside.
+fn bench_host(kernel: &env::Kernel) -> Result<ExitCode> {
+    setup::uml(kernel)?;
+    let report = bench::report_path();
+    if report.exists() {
+        std::fs::remove_file(&report)?;
+    }
+    let job = vm::Job {
+        name: "bench".into(),
+        place: vm::Place::Uml,
+        script: "exec /src/target/sysroot/release/xtask inside bench\n".into(),
+        timeout: Duration::from_secs(20 * 60),
+        memory_mib: 1500,
+        append: "kunit.enable=0 slab_nomerge".into(),
+        stream: true,
+    };
+    let run = vm::execute(kernel, &job)?;
+    for problem in &run.problems {
+        step::say(format!("kernel: {problem}"));
+    }
+    if run.exit != Some(0) || !run.problems.is_empty() || !report.exists() {
+        step::say("the benchmark failed");
+        return Ok(ExitCode::FAILURE);
+    }
+    step::say(format!(
+        "report: target/bench/scan.json, {}",
+        step::took(run.time)
+    ));
+    Ok(ExitCode::SUCCESS)
 }
