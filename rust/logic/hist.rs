@@ -83,11 +83,12 @@ impl Hist {
     /// A time that `percent` of the events did not exceed: the upper bound of the bucket that the
     /// event falls into, at most the longest time. 0 without events.
     pub fn percentile(&self, percent: u32) -> u64 {
-        let count = u128::from(self.count());
-        let rank = (count * u128::from(percent.min(100))).div_ceil(100).max(1);
-        let mut seen = 0u128;
+        // In two parts: the kernel has no 128-bit division, and the product could overflow.
+        let (count, percent) = (self.count(), u64::from(percent.min(100)));
+        let rank = (count / 100 * percent + (count % 100 * percent).div_ceil(100)).max(1);
+        let mut seen = 0u64;
         for (bucket, &events) in self.buckets.iter().enumerate() {
-            seen += u128::from(events);
+            seen = seen.saturating_add(events);
             if seen >= rank {
                 return bucket_bounds(bucket).1.min(self.max);
             }

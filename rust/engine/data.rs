@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reading, writing and preallocating by syscall.
+//!
+//! Lock order: writers hold the inode lock; the region lock is taken for one page at a time and
+//! never while user memory is copied: a reference keeps the page, and keeps it from being frozen.
+
+use super::{
+    backing::{Backing, PAGE},
+    region::RegionGuard,
+};
+use crate::{
+    logic::slot::State,
+    sys::{
+        page::{Frame, Purpose},
+        slots::Content,
+        task,
+    },
+};
+use core::sync::atomic::Ordering;
+use kernel::prelude::*;
+
+/// A page to read from.
+pub(crate) enum Readable {
+    /// Reads as zeroes.
+    Zeroes,
+    /// A page, kept for the reader.
+    Page(Frame),
+}
+
+/// Page `page` for reading.
+pub(crate) fn readable(backing: &Backing, page: u64) -> Result<Readable> {
+    let Some(region) = backing.region(page) else { return Ok(Readable::Zeroes) };
+    let guard = region.lock();
+    let index = Backing::index(page);
+    let slot = guard.slot(index);
+    let frame = match slot.state() {
+        State::Empty | State::Zero => return Ok(Readable::Zeroes),
+        State::Private => guard.page(index).map(|page| page.get()),
+        State::Shared => backing.host().index().frame(slot.record()),
+    };
+    match frame {
+        Some(frame) if frame.as_ref().is_poisoned() => Err(EIO),
+        Some(frame) => Ok(Readable::Page(frame)),
+        None => Err(EIO),
+    }
+}
+
+/// Page `page` for writing: a frame of its own, that counts as changed from here on.
+///
+/// The caller may write to it as long as it keeps the reference.
+pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
+    let region = backing.region_or_new(page)?;
+    let index = Backing::index(page);
+    let mut spare: Option<(Frame, bool)> = None;
+    loop {
+        let state = region.peek(index).state();
+        let wants_zeroed = matches!(state, State::Empty | State::Zero);
+        if state != State::Private && spare.is_none() {
+            let purpose = if wants_zeroed { Purpose::GuestZeroed } else { Purpose::Guest };
+            spare = Some((Frame::alloc(purpose, -1).ok_or(ENOMEM)?, wants_zeroed));
+        }
+        let mut guard = region.lock();
+        if guard.is_retired() || page >= backing.pages() {
+            return Err(EFBIG);
+        }
+        if make_private(backing, &mut guard, index, &mut spare)? {
+            guard.may_change(index);
+            let frame = guard.page(index).map(|page| page.get()).ok_or(EIO)?;
+            return Ok(frame);
+        }
+    }
+}
+
+/// Gives the slot a frame of its own if it has none. False when it needs a spare one first.
+fn make_private(
+    backing: &Backing,
+    guard: &mut RegionGuard<'_>,
+    index: usize,
+    spare: &mut Option<(Frame, bool)>,
+) -> Result<bool> {
+    let host = backing.host();
+    let slot = guard.slot(index);
+    match slot.state() {
+        State::Private => Ok(true),
+        State::Empty | State::Zero => {
+            let Some((mut frame, zeroed)) = spare.take() else { return Ok(false) };
+            if !zeroed {
+                frame.clear();
+            }
+            if slot.is_zero_mapped() {
+                guard.zap(index);
+            }
+            host.release(guard.set(index, Content::Private(frame), slot.backoff()));
+            Ok(true)
+        }
+        State::Shared => {
+            let Some((mut frame, _)) = spare.take() else { return Ok(false) };
+            let shared = host.index().frame(slot.record()).ok_or(EIO)?;
+            frame.copy_from(shared.as_ref()).map_err(|_| EIO)?;
+            drop(shared);
+            guard.zap(index);
+            backing.vm().events.cow_breaks.fetch_add(1, Ordering::Relaxed);
+            host.events.cow_breaks.fetch_add(1, Ordering::Relaxed);
+            let backoff = slot.backoff().saturating_add(1);
+            host.release(guard.set(index, Content::Private(frame), backoff));
+            Ok(true)
+        }
+    }
+}
+
+/// Allocates memory for every Empty page of `from..to`. On failure what was allocated stays.
+pub(crate) fn preallocate(backing: &Backing, from: u64, to: u64) -> Result {
+    for page in from..to {
+        if task::fatal_signal_pending() {
+            return Err(EINTR);
+        }
+        let region = backing.region_or_new(page)?;
+        let index = Backing::index(page);
+        if region.peek(index).state() != State::Empty {
+            continue;
+        }
+        let mut spare = Some((Frame::alloc(Purpose::GuestZeroed, -1).ok_or(ENOSPC)?, true));
+        let mut guard = region.lock();
+        if guard.slot(index).state() == State::Empty {
+            make_private(backing, &mut guard, index, &mut spare)?;
+        }
+        drop(guard);
+        if page % 64 == 0 {
+            task::cond_resched();
+        }
+    }
+    Ok(())
+}
+
+/// Punches bytes `from..to` out: whole pages are given back, the ends are zeroed.
+pub(crate) fn punch_bytes(backing: &Backing, from: u64, to: u64) -> Result {
+    let first_whole = from.div_ceil(PAGE);
+    let end_whole = to / PAGE;
+    if first_whole > end_whole {
+        // Both ends in one page.
+        return zero_bytes(backing, from / PAGE, from % PAGE, to % PAGE);
+    }
+    if from % PAGE != 0 {
+        zero_bytes(backing, from / PAGE, from % PAGE, PAGE)?;
+    }
+    if to % PAGE != 0 {
+        zero_bytes(backing, end_whole, 0, to % PAGE)?;
+    }
+    backing.punch(first_whole, end_whole.min(backing.pages()));
+    Ok(())
+}
+
+/// Zeroes bytes `from..to` of page `page`, without giving memory to a page that has none.
+pub(crate) fn zero_bytes(backing: &Backing, page: u64, from: u64, to: u64) -> Result {
+    if page >= backing.pages() {
+        return Ok(());
+    }
+    let Some(region) = backing.region(page) else { return Ok(()) };
+    if matches!(region.peek(Backing::index(page)).state(), State::Empty | State::Zero) {
+        return Ok(());
+    }
+    let frame = writable(backing, page)?;
+    frame.as_ref().zero_range(usize::try_from(from)?, usize::try_from(to)?);
+    Ok(())
+}
+
+/// The first page at or after `page`, before `end`, that holds data (or does not).
+pub(crate) fn seek(backing: &Backing, page: u64, end: u64, data: bool) -> Option<u64> {
+    let mut page = page;
+    while page < end {
+        let Some(region) = backing.region(page) else {
+            if !data {
+                return Some(page);
+            }
+            page = backing.next_region_at(page, end);
+            continue;
+        };
+        if (region.peek(Backing::index(page)).state() != State::Empty) == data {
+            return Some(page);
+        }
+        page = page.saturating_add(1);
+    }
+    None
+}
+
+/// Pages of the file that are not Empty, for st_blocks.
+pub(crate) fn allocated_pages(backing: &Backing) -> u64 {
+    let mut pages = 0u64;
+    let end = backing.pages();
+    let mut page = 0;
+    while page < end {
+        match backing.region(page) {
+            None => page = backing.next_region_at(page, end),
+            Some(region) => {
+                let held = (0..crate::sys::slots::SLOTS)
+                    .filter(|&index| region.peek(index).state() != State::Empty)
+                    .count();
+                pages = pages.saturating_add(held as u64);
+                page = page.saturating_add(crate::sys::slots::SLOTS as u64);
+            }
+        }
+    }
+    pages
+}

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Page faults: a guest, or any process that maps a file, touches a page.
+//!
+//! Lock order: the kernel holds mmap_lock or the VMA lock; the region lock is taken here. Frames are
+//! allocated before the region lock, and whoever waits for memory has dropped it.
+//!
+//! | slot    | read                              | write                                   |
+//! |---------|-----------------------------------|-----------------------------------------|
+//! | Empty   | a zero frame, read-only           | a zeroed frame                          |
+//! | Zero    | a zero frame, read-only           | a zeroed frame (a copy on write)        |
+//! | Private | its frame, writable at once [^1]  | its frame, writable                     |
+//! | Shared  | the shared frame, read-only       | a copy of the shared frame              |
+//!
+//! [^1]: read-only if the scanner write-protected it, so that the write is noticed.
+
+use super::{backing::Backing, region::RegionGuard};
+use crate::{
+    logic::slot::{Slot, State, BACKOFF_MAX},
+    sys::{
+        clock,
+        fault::{Answer, Fault, NoPageTable},
+        page::{Frame, Purpose},
+        slots::Content,
+    },
+};
+use core::sync::atomic::Ordering;
+
+/// A frame allocated before the lock was taken.
+struct Spare {
+    frame: Frame,
+    zeroed: bool,
+}
+
+impl Spare {
+    fn into_zeroed(mut self) -> Frame {
+        if !self.zeroed {
+            self.frame.clear();
+        }
+        self.frame
+    }
+}
+
+/// What a look at the locked slot came to.
+enum Step {
+    Answered(Answer),
+    NeedsFrame,
+    NeedsMemory,
+}
+
+impl From<Result<Answer, NoPageTable>> for Step {
+    fn from(mapped: Result<Answer, NoPageTable>) -> Step {
+        match mapped {
+            Ok(answer) => Step::Answered(answer),
+            Err(NoPageTable) => Step::NeedsMemory,
+        }
+    }
+}
+
+/// Which frame a write to this slot needs, if any.
+fn frame_for(slot: Slot, write: bool) -> Option<Purpose> {
+    match slot.state() {
+        _ if !write => None,
+        State::Empty | State::Zero => Some(Purpose::GuestZeroed),
+        State::Shared => Some(Purpose::Guest),
+        State::Private => None,
+    }
+}
+
+/// Answers a fault on a page that is not mapped, or not as the access needs it.
+pub(crate) fn serve(backing: &Backing, fault: Fault) -> Answer {
+    answer(backing, fault, false)
+}
+
+/// Answers a write through a read-only mapping (`page_mkwrite`).
+///
+/// The kernel holds a reference to the page that is mapped there: the fault lock is never dropped
+/// here, and when there is no memory the mapping is taken out, so that the write comes back as a
+/// fault that can wait.
+pub(crate) fn make_writable(backing: &Backing, fault: Fault) -> Answer {
+    answer(backing, fault, true)
+}
+
+fn answer(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
+    let page = fault.page_number();
+    let write = make_writable || fault.is_write();
+    let events = &backing.vm().events;
+    events.faults.fetch_add(1, Ordering::Relaxed);
+    if page >= backing.pages() {
+        return Answer::BusError;
+    }
+    let Ok(region) = backing.region_or_new(page) else {
+        return wait(backing, fault, make_writable);
+    };
+    let index = Backing::index(page);
+    let mut spare = None;
+    loop {
+        if let (None, Some(purpose)) = (&spare, frame_for(region.peek(index), write)) {
+            let zeroed = purpose == Purpose::GuestZeroed;
+            match fault.alloc(purpose) {
+                Some(frame) => spare = Some(Spare { frame, zeroed }),
+                None if make_writable => {
+                    region.lock().zap(index);
+                    return Answer::Done;
+                }
+                None => return wait(backing, fault, false),
+            }
+        }
+        let asked = clock::now_us();
+        let mut guard = region.lock();
+        let waited = clock::now_us().saturating_sub(asked);
+        backing.host().lock_wait_us.record(waited);
+        if guard.is_retired() || page >= backing.pages() {
+            return Answer::BusError;
+        }
+        let step = look(backing, &fault, &mut guard, index, write, make_writable, &mut spare);
+        drop(guard);
+        match step {
+            Step::Answered(answer) => return answer,
+            Step::NeedsFrame => {}
+            Step::NeedsMemory => return wait(backing, fault, make_writable),
+        }
+    }
+}
+
+fn wait(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
+    backing.host().events.waits_for_memory.fetch_add(1, Ordering::Relaxed);
+    if make_writable {
+        return Answer::Done;
+    }
+    // With the fault lock dropped the mapping, and with it the file, may go.
+    let vm = backing.vm().clone();
+    let start = clock::now_us();
+    let answer = fault.wait_for_memory();
+    vm.events.stall_us.fetch_add(clock::now_us().saturating_sub(start), Ordering::Relaxed);
+    answer
+}
+
+/// The fault, with the region locked.
+fn look(
+    backing: &Backing,
+    fault: &Fault,
+    guard: &mut RegionGuard<'_>,
+    index: usize,
+    write: bool,
+    make_writable: bool,
+    spare: &mut Option<Spare>,
+) -> Step {
+    let host = backing.host();
+    let slot = guard.slot(index);
+    match slot.state() {
+        State::Private => {
+            let Some(page) = guard.page(index) else { return Step::NeedsFrame };
+            if page.is_poisoned() {
+                guard.zap(index);
+                return Step::Answered(Answer::Poisoned);
+            }
+            if make_writable && fault.written_pfn() != Some(page.pfn()) {
+                // The mapping shows what the slot held before: let the write come again.
+                guard.zap(index);
+                return Step::Answered(Answer::Done);
+            }
+            if write && guard.is_protected(index) {
+                backing.vm().events.protect_faults.fetch_add(1, Ordering::Relaxed);
+                host.events.protect_faults.fetch_add(1, Ordering::Relaxed);
+            }
+            let writable = write || !guard.is_protected(index);
+            if writable {
+                guard.may_change(index);
+            }
+            match guard.page(index) {
+                Some(page) => fault.map(page, writable).into(),
+                None => Step::NeedsFrame,
+            }
+        }
+        State::Empty | State::Zero if !write => {
+            guard.note(index, slot.with_zero_mapped());
+            fault.map_shared(host.zero_frame(fault.page_number())).into()
+        }
+        State::Shared if !write => match host.index().frame(slot.record()) {
+            Some(frame) if frame.as_ref().is_poisoned() => Step::Answered(Answer::Poisoned),
+            Some(frame) => fault.map_shared(frame.as_ref()).into(),
+            None => Step::NeedsMemory,
+        },
+        State::Empty | State::Zero => {
+            let Some(spare) = spare.take() else { return Step::NeedsFrame };
+            if slot.is_zero_mapped() {
+                guard.zap(index);
+            }
+            let broken = slot.state() == State::Zero;
+            let backoff = if broken { slot.backoff().saturating_add(1) } else { 0 };
+            if broken {
+                count_break(backing);
+            }
+            host.release(guard.set(index, Content::Private(spare.into_zeroed()), backoff));
+            map_own(fault, guard, index)
+        }
+        State::Shared => {
+            let Some(mut taken) = spare.take() else { return Step::NeedsFrame };
+            let Some(shared) = host.index().frame(slot.record()) else {
+                return Step::NeedsMemory;
+            };
+            if taken.frame.copy_from(shared.as_ref()).is_err() {
+                return Step::Answered(Answer::Poisoned);
+            }
+            drop(shared);
+            guard.zap(index);
+            count_break(backing);
+            let backoff = slot.backoff().saturating_add(1).min(BACKOFF_MAX);
+            host.release(guard.set(index, Content::Private(taken.frame), backoff));
+            map_own(fault, guard, index)
+        }
+    }
+}
+
+fn map_own(fault: &Fault, guard: &mut RegionGuard<'_>, index: usize) -> Step {
+    match guard.page(index) {
+        Some(page) => fault.map(page, true).into(),
+        None => Step::NeedsFrame,
+    }
+}
+
+fn count_break(backing: &Backing) {
+    backing.vm().events.cow_breaks.fetch_add(1, Ordering::Relaxed);
+    backing.host().events.cow_breaks.fetch_add(1, Ordering::Relaxed);
+}

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The host: all VMs, the index, the knobs and the counters.
+//!
+//! Lock order: policy > VM list > region > index > registry.
+
+use super::{
+    merge::{Refusals, Rules},
+    region::Registry,
+    regroup::{self, Change},
+    shared::{IndexFigures, SharedIndex},
+    vm::{Scope, Vm, VmDefaults, Vms},
+};
+use crate::{
+    logic::{
+        counts::Class,
+        hist::AtomicHist,
+        tunables::{RunMode, ShareScope},
+    },
+    sys::{
+        hash::{self, Seed},
+        kobj::Directory,
+        page::{Frame, PageRef, Purpose},
+        slots::Content,
+    },
+};
+use core::sync::atomic::{AtomicU64, AtomicU8, Ordering};
+use kernel::{
+    new_condvar, new_mutex,
+    prelude::*,
+    sync::{
+        lock::{mutex::MutexBackend, Guard},
+        Arc, CondVar, Mutex,
+    },
+    time::msecs_to_jiffies,
+};
+
+/// Zero frames: several, so that no single reference count is everybody's.
+const ZERO_FRAMES: usize = 8;
+
+/// What may be merged with what; held by the scanner for each step, and by whoever changes it.
+pub(crate) struct Policy {
+    /// Who shares with whom.
+    pub(crate) share_scope: ShareScope,
+    /// Only zero pages are merged.
+    pub(crate) zero_only: bool,
+}
+
+/// Numbers that are set through sysfs and read without a lock.
+pub(crate) struct Knobs {
+    /// Ceiling on pages a second, 0 = none.
+    pub(crate) scan_pages_per_sec: AtomicU64,
+    /// Target time for a pass over everything, seconds.
+    pub(crate) scan_period_secs: AtomicU64,
+    /// Ceiling on the scanner's CPU time, percent of one CPU.
+    pub(crate) scan_cpu_max_percent: AtomicU64,
+    /// Whether pages of different NUMA nodes are merged.
+    pub(crate) merge_across_nodes: AtomicU64,
+    /// Sharers of one frame at most.
+    pub(crate) max_page_sharing: AtomicU64,
+}
+
+/// What the host counts.
+#[derive(Default)]
+pub(crate) struct Events {
+    /// Private pages that the scanner hashed.
+    pub(crate) pages_scanned: AtomicU64,
+    /// Private pages that it passed over: unchanged, or backing off.
+    pub(crate) pages_skipped: AtomicU64,
+    /// Passes over everything.
+    pub(crate) full_scans: AtomicU64,
+    /// Times that the scanner let go of a region because a fault wanted it.
+    pub(crate) scan_yields: AtomicU64,
+    /// CPU time of the scanner, microseconds.
+    pub(crate) scan_cpu_us: AtomicU64,
+    /// Shared and zero pages that a write gave a frame of their own.
+    pub(crate) cow_breaks: AtomicU64,
+    /// Write faults that write protection by the scanner cost.
+    pub(crate) protect_faults: AtomicU64,
+    /// Faults that had to wait for memory.
+    pub(crate) waits_for_memory: AtomicU64,
+}
+
+/// Wakes a thread out of its sleep.
+#[pin_data]
+pub(crate) struct Bell {
+    #[pin]
+    rung: Mutex<bool>,
+    #[pin]
+    sound: CondVar,
+}
+
+impl Bell {
+    fn new() -> impl PinInit<Bell> {
+        pin_init!(Bell {
+            rung <- new_mutex!(false, "thinram_bell"),
+            sound <- new_condvar!("thinram_bell"),
+        })
+    }
+
+    /// Ends the current or the next sleep.
+    pub(crate) fn ring(&self) {
+        *self.rung.lock() = true;
+        self.sound.notify_all();
+    }
+
+    /// Sleeps for `us` microseconds, until rung, or until `stop`.
+    pub(crate) fn sleep(&self, us: u64, stop: fn() -> bool) {
+        let ms = u32::try_from(us.div_ceil(1000)).unwrap_or(u32::MAX).min(3_600_000);
+        let mut rung = self.rung.lock();
+        if !*rung && !stop() {
+            let _ = self.sound.wait_interruptible_timeout(&mut rung, msecs_to_jiffies(ms));
+        }
+        *rung = false;
+    }
+}
+
+/// The host.
+#[pin_data]
+pub(crate) struct Host {
+    key: u64,
+    run: AtomicU8,
+    /// Numbers from sysfs.
+    pub(crate) knobs: Knobs,
+    /// Counters.
+    pub(crate) events: Events,
+    /// Refused merges by reason.
+    pub(crate) refusals: Refusals,
+    /// How long faults waited for a region's lock.
+    pub(crate) lock_wait_us: AtomicHist,
+    /// Wakes the scanner.
+    #[pin]
+    pub(crate) scanner_bell: Bell,
+    #[pin]
+    policy: Mutex<Policy>,
+    #[pin]
+    vms: Vms,
+    #[pin]
+    registry: Registry,
+    #[pin]
+    index: SharedIndex,
+    zero_frames: KVec<Frame>,
+}
+
+/// All VMs' counts, added up.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Totals {
+    /// Pages in state Zero.
+    pub(crate) zero: u64,
+    /// Pages in state Private.
+    pub(crate) private: u64,
+    /// Pages in state Shared.
+    pub(crate) shared: u64,
+    /// Private pages without an equal.
+    pub(crate) unshared: u64,
+    /// Private pages that keep changing.
+    pub(crate) volatile: u64,
+}
+
+impl Host {
+    /// A host without VMs, with DESIGN's defaults.
+    pub(crate) fn new() -> Result<Arc<Host>> {
+        let mut zero_frames = KVec::with_capacity(ZERO_FRAMES, GFP_KERNEL)?;
+        for _ in 0..ZERO_FRAMES {
+            let mut frame = Frame::alloc(Purpose::Shared, -1).ok_or(ENOMEM)?;
+            frame.clear();
+            zero_frames.push(frame, GFP_KERNEL)?;
+        }
+        Arc::pin_init(
+            pin_init!(Host {
+                key: hash::random_key(),
+                run: AtomicU8::new(1),
+                knobs: Knobs {
+                    scan_pages_per_sec: AtomicU64::new(0),
+                    scan_period_secs: AtomicU64::new(200),
+                    scan_cpu_max_percent: AtomicU64::new(20),
+                    merge_across_nodes: AtomicU64::new(1),
+                    max_page_sharing: AtomicU64::new(65536),
+                },
+                events: Events::default(),
+                refusals: Refusals::default(),
+                lock_wait_us: AtomicHist::new(),
+                scanner_bell <- Bell::new(),
+                policy <- new_mutex!(
+                    Policy { share_scope: ShareScope::Domain, zero_only: false },
+                    "thinram_policy"
+                ),
+                vms <- Vms::new(),
+                registry <- Registry::new(),
+                index <- SharedIndex::new(),
+                zero_frames,
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// The VMs.
+    pub(crate) fn vms(&self) -> &Vms {
+        &self.vms
+    }
+
+    /// All regions.
+    pub(crate) fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// The shared index.
+    pub(crate) fn index(&self) -> &SharedIndex {
+        &self.index
+    }
+
+    /// What may be merged with what, locked.
+    pub(crate) fn policy(&self) -> Guard<'_, Policy, MutexBackend> {
+        self.policy.lock()
+    }
+
+    /// The hash seed of a scope: contents of different scopes never look alike.
+    pub(crate) fn seed(&self, scope: Scope) -> Seed {
+        Seed::new(self.key, u64::from(scope.0))
+    }
+
+    /// A frame of zeroes for page `page`.
+    pub(crate) fn zero_frame(&self, page: u64) -> PageRef<'_> {
+        let index = usize::try_from(page).unwrap_or(0) % ZERO_FRAMES;
+        // `new` made all of them.
+        match self.zero_frames.get(index) {
+            Some(frame) => frame.as_ref(),
+            None => self.zero_frames[0].as_ref(),
+        }
+    }
+
+    /// Frees what a slot owned.
+    pub(crate) fn release(&self, content: Content) {
+        match content {
+            Content::Empty | Content::Zero => {}
+            Content::Private(frame) => drop(frame),
+            Content::Shared(sharer) => drop(self.index.leave(sharer)),
+        }
+    }
+
+    /// Rules for merging, of the moment.
+    pub(crate) fn rules(&self) -> Rules {
+        let max = self.knobs.max_page_sharing.load(Ordering::Relaxed);
+        Rules {
+            max_sharers: u32::try_from(max).unwrap_or(u32::MAX),
+            across_nodes: self.knobs.merge_across_nodes.load(Ordering::Relaxed) != 0,
+        }
+    }
+
+    /// What the scanner is told to do.
+    pub(crate) fn run_mode(&self) -> RunMode {
+        match self.run.load(Ordering::Relaxed) {
+            0 => RunMode::Stop,
+            2 => RunMode::Unshare,
+            _ => RunMode::Run,
+        }
+    }
+
+    /// `run`: 2 breaks all shares before it returns; killed meanwhile, the old value stays.
+    pub(crate) fn set_run_mode(&self, mode: RunMode) -> Result {
+        match mode {
+            RunMode::Run => self.run.store(1, Ordering::Relaxed),
+            RunMode::Stop => self.stop_scanning(0),
+            RunMode::Unshare => {
+                let before = self.run.load(Ordering::Relaxed);
+                self.stop_scanning(2);
+                if let Err(error) = regroup::apply(self, &Change::Unshare) {
+                    self.run.store(before, Ordering::Relaxed);
+                    self.scanner_bell.ring();
+                    return Err(error);
+                }
+            }
+        }
+        self.scanner_bell.ring();
+        Ok(())
+    }
+
+    /// Stores the mode and waits for the scanner's current step to end.
+    fn stop_scanning(&self, mode: u8) {
+        self.run.store(mode, Ordering::Relaxed);
+        drop(self.policy());
+    }
+
+    /// A live change of who shares with whom.
+    pub(crate) fn regroup(&self, change: &Change<'_>) -> Result {
+        regroup::apply(self, change)?;
+        self.scanner_bell.ring();
+        Ok(())
+    }
+
+    /// Makes a file's VM, or adds a file to it.
+    pub(crate) fn attach(
+        &self,
+        place: &Mutex<Option<Arc<Vm>>>,
+        name: &[u8],
+        domain: Option<&[u8]>,
+        defaults: VmDefaults,
+        make_directory: &dyn Fn(&Arc<Vm>, &[u8]) -> Result<Directory<Vm>>,
+    ) -> Result<Arc<Vm>> {
+        loop {
+            // The policy stays locked until the VM is listed, so that its scope cannot be stale.
+            let policy = self.policy();
+            let scope = policy.share_scope;
+            let made = self.vms.attach(place, name, domain, defaults, scope, make_directory)?;
+            drop(policy);
+            match made {
+                Some(vm) => {
+                    self.scanner_bell.ring();
+                    return Ok(vm);
+                }
+                None => self.vms.wait_for_an_end(place)?,
+            }
+        }
+    }
+
+    /// Pages that a pass has to walk over.
+    pub(crate) fn registered_pages(&self) -> u64 {
+        let totals = self.totals();
+        totals.private.saturating_add(totals.shared).saturating_add(totals.zero)
+    }
+
+    /// Different contents that the index may have to hold.
+    pub(crate) fn contents(&self) -> u64 {
+        self.totals().private.saturating_add(self.index.figures().pages_shared)
+    }
+
+    /// All VMs' counts.
+    pub(crate) fn totals(&self) -> Totals {
+        let mut totals = Totals::default();
+        self.vms.for_each(|vm| {
+            let counts = vm.snapshot();
+            let pages = |class| counts.pages.get(class);
+            totals.zero = totals.zero.saturating_add(pages(Class::Zero));
+            totals.private = totals.private.saturating_add(pages(Class::Private));
+            totals.shared = totals.shared.saturating_add(pages(Class::Shared));
+            totals.unshared = totals.unshared.saturating_add(counts.unshared);
+            totals.volatile = totals.volatile.saturating_add(counts.volatile);
+        });
+        totals
+    }
+
+    /// Memory that ThinRAM takes for itself.
+    pub(crate) fn metadata_bytes(&self) -> u64 {
+        let frames = (ZERO_FRAMES * 4096) as u64;
+        self.registry
+            .bytes()
+            .saturating_add(self.index.figures().bytes)
+            .saturating_add(self.vms.bytes())
+            .saturating_add(frames)
+    }
+
+    /// Figures of the index.
+    pub(crate) fn figures(&self) -> IndexFigures {
+        self.index.figures()
+    }
+}

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What ThinRAM does with the pages of its guests. No `unsafe` here.
+//!
+//! ```text
+//! host -> { scan, regroup } -> { merge } -> { shared, region } ; fault, data -> { region, shared }
+//! ```
+//!
+//! A page's way: `fault` fills a slot of a `region`, `scan` hashes it, `shared` knows whether the
+//! content was met before, `merge` puts one frame under several slots, and a write in `fault` gives
+//! the writer a frame of its own again. `data` is the same for read(2), write(2) and fallocate(2).
+
+pub(crate) mod backing;
+pub(crate) mod data;
+pub(crate) mod fault;
+pub(crate) mod host;
+pub(crate) mod merge;
+pub(crate) mod region;
+pub(crate) mod regroup;
+pub(crate) mod scan;
+pub(crate) mod shared;
+pub(crate) mod vm;

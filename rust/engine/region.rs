@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A region: 2 MiB of a file, 512 slots and the lock that decides about them.
+//!
+//! Lock order: inode lock > mmap_lock or VMA lock > region lock (a second one only by try_lock) >
+//! i_mmap_rwsem > KVM's notifiers > page-table lock. Leaves under a region lock: the shared index,
+//! a VM's counts, the registry.
+
+use super::vm::Vm;
+use crate::{
+    logic::{
+        counts,
+        slot::{Class, Slot, State},
+    },
+    sys::{
+        mapping::Mapping,
+        page::PageRef,
+        slots::{Content, SlotKey, SlotWords, SLOTS},
+    },
+};
+use core::sync::atomic::{AtomicU32, Ordering};
+use kernel::{
+    new_mutex, new_spinlock,
+    prelude::*,
+    sync::{lock::mutex::MutexBackend, lock::Guard, Arc, Mutex, SpinLock},
+};
+
+/// A set of slots of one region.
+pub(crate) type SlotSet = [u64; SLOTS / 64];
+
+struct Inner {
+    key: SlotKey,
+    /// Gone once the file is: a retired region maps nothing and owns nothing.
+    mapping: Option<Mapping>,
+    /// Pages whose mappings are all read-only since the scanner made them so.
+    protected: SlotSet,
+}
+
+/// 2 MiB of a file.
+#[pin_data]
+pub(crate) struct Region {
+    /// Number of the region among all of the host, part of the page ids in hints.
+    id: AtomicU32,
+    /// Number of the first page within the file.
+    first_page: u64,
+    vm: Arc<Vm>,
+    words: SlotWords,
+    /// Tasks that wait for the lock: the scanner makes way for them.
+    waiters: AtomicU32,
+    #[pin]
+    inner: Mutex<Inner>,
+}
+
+impl Region {
+    /// An empty region that begins at page `first_page` of a file of `vm`.
+    pub(crate) fn new(first_page: u64, vm: Arc<Vm>, mapping: Mapping) -> Result<Arc<Region>> {
+        let (words, key) = SlotWords::new()?;
+        Arc::pin_init(
+            pin_init!(Region {
+                id: AtomicU32::new(u32::MAX),
+                first_page,
+                vm,
+                words,
+                waiters: AtomicU32::new(0),
+                inner <- new_mutex!(
+                    Inner { key, mapping: Some(mapping), protected: [0; SLOTS / 64] },
+                    "thinram_region"
+                ),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Memory that a region takes.
+    pub(crate) const BYTES: u64 =
+        (core::mem::size_of::<Region>() + SLOTS * core::mem::size_of::<u64>()) as u64;
+
+    /// The VM that the region belongs to.
+    pub(crate) fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// The region's number on the host.
+    pub(crate) fn id(&self) -> u32 {
+        self.id.load(Ordering::Relaxed)
+    }
+
+    /// The id of one of its pages, as hints use it.
+    pub(crate) fn page_id(&self, index: usize) -> u32 {
+        self.id().wrapping_mul(SLOTS as u32).wrapping_add(index as u32)
+    }
+
+    /// The slot as it is just now, without the lock.
+    #[inline]
+    pub(crate) fn peek(&self, index: usize) -> Slot {
+        self.words.peek(index)
+    }
+
+    /// Makes the next pass hash the page again, without the lock.
+    pub(crate) fn forget_stable(&self, index: usize) {
+        self.words.clear_stable(index);
+    }
+
+    /// Takes the lock for a guest or a syscall, ahead of the scanner.
+    pub(crate) fn lock(&self) -> RegionGuard<'_> {
+        let inner = match self.inner.try_lock() {
+            Some(inner) => inner,
+            None => {
+                self.waiters.fetch_add(1, Ordering::Relaxed);
+                let inner = self.inner.lock();
+                self.waiters.fetch_sub(1, Ordering::Relaxed);
+                inner
+            }
+        };
+        RegionGuard { region: self, inner }
+    }
+
+    /// Takes the lock only if nobody has it: for a second region, and for those who can come again.
+    pub(crate) fn try_lock(&self) -> Option<RegionGuard<'_>> {
+        self.inner.try_lock().map(|inner| RegionGuard { region: self, inner })
+    }
+
+    /// Whether somebody waits for the lock.
+    #[inline]
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.waiters.load(Ordering::Relaxed) != 0
+    }
+}
+
+/// A locked region.
+pub(crate) struct RegionGuard<'a> {
+    region: &'a Region,
+    inner: Guard<'a, Inner, MutexBackend>,
+}
+
+fn counted_as(slot: Slot) -> counts::Class {
+    match slot.state() {
+        State::Empty => counts::Class::Empty,
+        State::Zero => counts::Class::Zero,
+        State::Private => counts::Class::Private,
+        State::Shared => counts::Class::Shared,
+    }
+}
+
+impl RegionGuard<'_> {
+    /// The region.
+    pub(crate) fn region(&self) -> &Region {
+        self.region
+    }
+
+    /// Whether the file is gone.
+    pub(crate) fn is_retired(&self) -> bool {
+        self.inner.mapping.is_none()
+    }
+
+    /// The slot's word.
+    #[inline]
+    pub(crate) fn slot(&self, index: usize) -> Slot {
+        self.region.words.peek(index)
+    }
+
+    /// The frame of a Private slot.
+    #[inline]
+    pub(crate) fn page(&self, index: usize) -> Option<PageRef<'_>> {
+        self.region.words.page(&self.inner.key, index)
+    }
+
+    /// Notes what was learned about the page; what the slot owns stays.
+    pub(crate) fn note(&mut self, index: usize, slot: Slot) {
+        let old = self.slot(index);
+        self.region.words.note(&mut self.inner.key, index, slot);
+        self.region.vm.counts().reclassify(known_class(old), known_class(self.slot(index)));
+    }
+
+    /// Puts `content` into the slot and hands over what it owned. No mapping may show the old one.
+    pub(crate) fn set(&mut self, index: usize, content: Content, backoff: u8) -> Content {
+        let old = self.slot(index);
+        self.set_protected(index, false);
+        let owned = self.region.words.replace(&mut self.inner.key, index, content, backoff);
+        let new = self.slot(index);
+        let mut counts = self.region.vm.counts();
+        counts.move_page(counted_as(old), counted_as(new));
+        counts.reclassify(known_class(old), known_class(new));
+        owned
+    }
+
+    /// Takes the page out of every page table.
+    pub(crate) fn zap(&self, index: usize) {
+        self.zap_range(index, 1);
+    }
+
+    /// Takes a range of pages out of every page table.
+    pub(crate) fn zap_range(&self, index: usize, pages: usize) {
+        if let Some(mapping) = &self.inner.mapping {
+            mapping.zap(self.region.first_page.saturating_add(index as u64), pages as u64);
+        }
+    }
+
+    /// The same before the content is thrown away.
+    pub(crate) fn zap_punched(&self, index: usize, pages: usize) {
+        if let Some(mapping) = &self.inner.mapping {
+            mapping.zap_punched(self.region.first_page.saturating_add(index as u64), pages as u64);
+        }
+    }
+
+    /// Makes every mapping of the range read-only, so that a write is noticed.
+    pub(crate) fn protect(&mut self, index: usize, pages: usize) {
+        let Some(mapping) = &self.inner.mapping else { return };
+        mapping.write_protect(self.region.first_page.saturating_add(index as u64), pages as u64);
+        for i in index..index.saturating_add(pages).min(SLOTS) {
+            self.set_protected(i, true);
+        }
+    }
+
+    /// Whether every mapping of the page is read-only by [`RegionGuard::protect`].
+    pub(crate) fn is_protected(&self, index: usize) -> bool {
+        self.inner.protected.get(index / 64).is_some_and(|word| word >> (index % 64) & 1 != 0)
+    }
+
+    fn set_protected(&mut self, index: usize, protected: bool) {
+        if let Some(word) = self.inner.protected.get_mut(index / 64) {
+            let bit = 1u64 << (index % 64);
+            if protected {
+                *word |= bit;
+            } else {
+                *word &= !bit;
+            }
+        }
+    }
+
+    /// To be called before the page may change: it counts as changed from here on.
+    pub(crate) fn may_change(&mut self, index: usize) {
+        self.set_protected(index, false);
+        self.region.words.clear_stable(index);
+    }
+
+    /// Lets the file go: every page is unmapped, `release` gets what each slot owned.
+    pub(crate) fn retire(&mut self, release: &mut dyn FnMut(Content)) {
+        self.zap_range(0, SLOTS);
+        for index in 0..SLOTS {
+            if self.slot(index).state() != State::Empty {
+                release(self.set(index, Content::Empty, 0));
+            }
+        }
+        self.inner.mapping = None;
+    }
+}
+
+fn known_class(slot: Slot) -> Option<Class> {
+    match slot.state() {
+        State::Private => Some(slot.class()),
+        _ => None,
+    }
+}
+
+/// All regions of the host by their numbers: what the scanner walks and hints point into.
+///
+/// A number is reused after its region is gone; who follows a hint checks what it finds.
+#[pin_data]
+pub(crate) struct Registry {
+    #[pin]
+    table: SpinLock<Table>,
+}
+
+struct Table {
+    regions: KVVec<Option<Arc<Region>>>,
+    free: KVVec<u32>,
+    live: u64,
+}
+
+impl Registry {
+    /// Region numbers fit the 31-bit page ids of hints: 8 TiB of guests.
+    const MAX: usize = 1 << 22;
+
+    /// No regions.
+    pub(crate) fn new() -> impl PinInit<Registry> {
+        pin_init!(Registry {
+            table <- new_spinlock!(
+                Table { regions: KVVec::new(), free: KVVec::new(), live: 0 },
+                "thinram_registry"
+            ),
+        })
+    }
+
+    /// Gives `region` a number.
+    pub(crate) fn add(&self, region: &Arc<Region>) -> Result {
+        loop {
+            let mut table = self.table.lock();
+            if let Some(id) = table.free.pop() {
+                region.id.store(id, Ordering::Relaxed);
+                if let Some(place) = table.regions.get_mut(id as usize) {
+                    *place = Some(region.clone());
+                }
+                table.live = table.live.saturating_add(1);
+                return Ok(());
+            }
+            let len = table.regions.len();
+            if len >= Self::MAX {
+                return Err(ENOSPC);
+            }
+            if len < table.regions.capacity() && len < table.free.capacity() {
+                region.id.store(len as u32, Ordering::Relaxed);
+                table.regions.push_within_capacity(Some(region.clone())).map_err(|_| ENOMEM)?;
+                table.live = table.live.saturating_add(1);
+                return Ok(());
+            }
+            drop(table);
+            self.grow(len)?;
+        }
+    }
+
+    /// Room for more numbers, so that neither adding nor removing ever allocates under the lock.
+    fn grow(&self, len: usize) -> Result {
+        let capacity = len.saturating_mul(3).checked_div(2).unwrap_or(len).max(256);
+        let mut regions = KVVec::with_capacity(capacity, GFP_KERNEL)?;
+        let mut free = KVVec::with_capacity(capacity, GFP_KERNEL)?;
+        let mut table = self.table.lock();
+        if table.regions.len() > len || table.regions.len() == capacity {
+            return Ok(());
+        }
+        for region in table.regions.drain_all() {
+            regions.push_within_capacity(region).map_err(|_| ENOMEM)?;
+        }
+        for id in table.free.drain_all() {
+            free.push_within_capacity(id).map_err(|_| ENOMEM)?;
+        }
+        core::mem::swap(&mut table.regions, &mut regions);
+        core::mem::swap(&mut table.free, &mut free);
+        drop(table);
+        Ok(())
+    }
+
+    /// Takes the region out.
+    pub(crate) fn remove(&self, region: &Region) {
+        let id = region.id();
+        let mut table = self.table.lock();
+        let gone = table.regions.get_mut(id as usize).and_then(Option::take);
+        if gone.is_some() {
+            table.live = table.live.saturating_sub(1);
+            // `add` keeps room for every number, so this cannot fail.
+            let _ = table.free.push_within_capacity(id);
+        }
+        drop(table);
+        drop(gone);
+    }
+
+    /// The region of that number.
+    pub(crate) fn get(&self, id: u32) -> Option<Arc<Region>> {
+        self.table.lock().regions.get(id as usize)?.clone()
+    }
+
+    /// The region and the place in it that a page id means.
+    pub(crate) fn page(&self, page_id: u32) -> Option<(Arc<Region>, usize)> {
+        let region = self.get(page_id / SLOTS as u32)?;
+        Some((region, page_id as usize % SLOTS))
+    }
+
+    /// One more than the highest number in use.
+    pub(crate) fn end(&self) -> u32 {
+        self.table.lock().regions.len() as u32
+    }
+
+    /// Memory taken by all regions and the tables.
+    pub(crate) fn bytes(&self) -> u64 {
+        let table = self.table.lock();
+        let tables = table.regions.capacity().saturating_mul(8)
+            + table.free.capacity().saturating_mul(4);
+        table.live.saturating_mul(Region::BYTES).saturating_add(tables as u64)
+    }
+}

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Live changes of who may share with whom: `domain`, `share`, `share_scope` and `run` 2.
+//!
+//! No new merges begin (the policy lock keeps the scanner out), the frames that breaking needs are
+//! allocated first, then every share that crosses the new border is broken, then the change holds.
+//! Without memory for all of them nothing is changed.
+//!
+//! Lock order: policy > VM list > region > index.
+
+use super::{
+    host::{Host, Policy},
+    region::RegionGuard,
+    shared::Key,
+    vm::{Domain, Scope, Vm},
+};
+use crate::{
+    logic::{
+        slot::{Class, State},
+        tunables::ShareScope,
+    },
+    sys::{
+        hash,
+        page::{Frame, Purpose},
+        slots::{Content, SLOTS},
+        task,
+    },
+};
+use kernel::{
+    prelude::*,
+    sync::{lock::mutex::MutexBackend, lock::Guard, Arc},
+};
+
+/// A change to who shares with whom.
+pub(crate) enum Change<'a> {
+    /// Another `share_scope` for the host.
+    ShareScope(ShareScope),
+    /// Another domain for a VM.
+    Domain(&'a Arc<Vm>, Arc<Domain>),
+    /// A VM begins or ceases to share.
+    Share(&'a Arc<Vm>, bool),
+    /// Nobody shares any more; the scopes stay as they are.
+    Unshare,
+}
+
+impl Change<'_> {
+    /// The scope that `vm` will have.
+    fn scope_of(&self, vm: &Vm, now: ShareScope) -> Scope {
+        match self {
+            Change::ShareScope(scope) => vm.scope_under(*scope),
+            Change::Domain(moved, domain) if moved.id() == vm.id() => {
+                vm.scope_with(now, vm.shares(), domain.id())
+            }
+            Change::Share(changed, share) if changed.id() == vm.id() => {
+                vm.scope_with(now, *share, vm.domain().id())
+            }
+            Change::Unshare => Scope::NONE,
+            _ => vm.scope(),
+        }
+    }
+}
+
+/// What the sharers of a record will be.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Group {
+    Unseen,
+    /// All in this scope: the record moves with them.
+    One(Scope),
+    /// In several: those that are not in the record's own scope leave it.
+    Several,
+}
+
+/// Carries out `change`. EINTR when killed, ENOMEM without memory: then nothing was changed, save
+/// that `Unshare` may have broken a part of the shares.
+pub(crate) fn apply(host: &Host, change: &Change<'_>) -> Result {
+    let mut policy = host.policy();
+    let now = policy.share_scope;
+    let vms = host.vms().freeze();
+    let groups = groups(host, change, now)?;
+    let breaks = |guard: &RegionGuard<'_>, record: u32| {
+        let new = change.scope_of(guard.region().vm(), now);
+        let stays = match groups.get(record as usize) {
+            Some(Group::One(scope)) => *scope == new,
+            _ => host.index().scope_of(record) == Some(new),
+        };
+        new == Scope::NONE || !stays
+    };
+    let mut frames = frames_for(host, &breaks)?;
+    break_shares(host, &breaks, &mut frames)?;
+    if let Change::Unshare = change {
+        return Ok(());
+    }
+    commit(&mut policy, change);
+    let mut changed = KVec::new();
+    for vm in vms.iter() {
+        let scope = change.scope_of(vm, policy.share_scope);
+        if scope != vm.scope() {
+            vm.set_scope(scope);
+            changed.push(vm.id(), GFP_KERNEL)?;
+        }
+    }
+    rename_records(host, &groups);
+    forget_looks(host, &changed);
+    Ok(())
+}
+
+fn commit(policy: &mut Guard<'_, Policy, MutexBackend>, change: &Change<'_>) {
+    match change {
+        Change::ShareScope(scope) => policy.share_scope = *scope,
+        Change::Domain(vm, domain) => vm.set_domain(domain.clone()),
+        Change::Share(vm, share) => vm.set_shares(*share),
+        Change::Unshare => {}
+    }
+}
+
+/// Runs `f` on every Shared slot of the host.
+fn each_shared(host: &Host, f: &mut dyn FnMut(&mut RegionGuard<'_>, usize, u32) -> Result) -> Result {
+    for id in 0..host.registry().end() {
+        let Some(region) = host.registry().get(id) else { continue };
+        if task::fatal_signal_pending() {
+            return Err(EINTR);
+        }
+        for index in 0..SLOTS {
+            if region.peek(index).state() != State::Shared {
+                continue;
+            }
+            let mut guard = region.lock();
+            let slot = guard.slot(index);
+            if slot.state() == State::Shared {
+                f(&mut guard, index, slot.record())?;
+            }
+        }
+        task::cond_resched();
+    }
+    Ok(())
+}
+
+/// For each record, who its sharers will be.
+fn groups(host: &Host, change: &Change<'_>, now: ShareScope) -> Result<KVVec<Group>> {
+    let mut groups = KVVec::from_elem(Group::Unseen, host.index().records_end() as usize, GFP_KERNEL)?;
+    each_shared(host, &mut |guard, _, record| {
+        let new = change.scope_of(guard.region().vm(), now);
+        if let Some(group) = groups.get_mut(record as usize) {
+            *group = match *group {
+                _ if new == Scope::NONE => *group,
+                Group::Unseen => Group::One(new),
+                Group::One(scope) if scope == new => Group::One(new),
+                _ => Group::Several,
+            };
+        }
+        Ok(())
+    })?;
+    Ok(groups)
+}
+
+/// One frame for each slot that will be broken, or none at all.
+fn frames_for(host: &Host, breaks: &dyn Fn(&RegionGuard<'_>, u32) -> bool) -> Result<KVVec<Frame>> {
+    let mut needed = 0usize;
+    each_shared(host, &mut |guard, _, record| {
+        needed = needed.saturating_add(usize::from(breaks(guard, record)));
+        Ok(())
+    })?;
+    let mut frames = KVVec::with_capacity(needed, GFP_KERNEL)?;
+    for _ in 0..needed {
+        let frame = Frame::alloc(Purpose::Shared, -1).ok_or(ENOMEM)?;
+        frames.push(frame, GFP_KERNEL)?;
+        if task::fatal_signal_pending() {
+            return Err(EINTR);
+        }
+        task::cond_resched();
+    }
+    Ok(frames)
+}
+
+fn break_shares(
+    host: &Host,
+    breaks: &dyn Fn(&RegionGuard<'_>, u32) -> bool,
+    frames: &mut KVVec<Frame>,
+) -> Result {
+    each_shared(host, &mut |guard, index, record| {
+        if !breaks(guard, record) {
+            return Ok(());
+        }
+        // Guests only ever break shares meanwhile, so the frames suffice.
+        let (Some(mut own), Some(shared)) = (frames.pop(), host.index().frame(record)) else {
+            return Err(ENOMEM);
+        };
+        own.copy_from(shared.as_ref()).map_err(|_| EIO)?;
+        drop(shared);
+        guard.zap(index);
+        host.release(guard.set(index, Content::Private(own), 0));
+        Ok(())
+    })
+}
+
+/// Records whose sharers moved together are found under the new scope from here on.
+fn rename_records(host: &Host, groups: &[Group]) {
+    host.index().rename_records(|id, frame, old| match groups.get(id as usize) {
+        Some(Group::One(scope)) if scope.0 != old.scope => {
+            let hash = hash::of_page(frame.as_ref(), host.seed(*scope));
+            Some(Key { hash, scope: *scope })
+        }
+        _ => None,
+    });
+}
+
+/// What the scanner noted about private pages was under other hashes: it looks at them anew.
+///
+/// All hints are gone, so this is for every VM's pages; only the changed VMs' tags are void too.
+fn forget_looks(host: &Host, changed: &[u32]) {
+    for id in 0..host.registry().end() {
+        let Some(region) = host.registry().get(id) else { continue };
+        let new_hashes = changed.contains(&region.vm().id());
+        for index in 0..SLOTS {
+            region.forget_stable(index);
+            if new_hashes && region.peek(index).state() == State::Private {
+                let mut guard = region.lock();
+                let slot = guard.slot(index);
+                guard.note(index, slot.looked_at(Class::Unchecked, 0));
+            }
+        }
+        task::cond_resched();
+    }
+}

@@ -1,0 +1,346 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The scanner: walks all regions in the order of their numbers, hashes what may have changed and
+//! hands it to `merge`.
+//!
+//! Lock order: policy > region > index. The policy lock is held for a step, the region lock for one
+//! page while anybody waits for it, and neither while the scanner sleeps.
+//!
+//! What cannot have changed is not hashed again. A region whose pages were mostly unchanged earns
+//! protection: its mappings are made read-only, and a page that was hashed under protection, with no
+//! pin on it, is stable until a write fault, write(2) or punch says otherwise.
+
+use super::{
+    host::Host,
+    merge::{self, Outcome},
+    region::{Region, RegionGuard},
+    shared::Key,
+    vm::Scope,
+};
+use crate::{
+    logic::{
+        pace::{Limits, Pacer},
+        slot::{Class, Slot, State},
+        tunables::RunMode,
+    },
+    sys::{
+        clock,
+        hash::{self, Seed},
+        page::{Frame, Purpose},
+        slots::{Content, SLOTS},
+        task::{self, Work},
+    },
+};
+use core::sync::atomic::Ordering;
+use kernel::sync::Arc;
+
+/// The thread's work.
+pub(crate) struct Scanner(pub(crate) Arc<Host>);
+
+impl Work for Scanner {
+    fn run(&self) {
+        task::be_nice(5);
+        let host = &self.0;
+        let mut walk = Walk::new();
+        let mut pacer = Pacer::new(clock::now_us());
+        while !task::should_stop() {
+            let limits = host.limits();
+            if host.run_mode() != RunMode::Run || limits.total_pages == 0 {
+                host.scanner_bell.sleep(u64::MAX, task::should_stop);
+                pacer = Pacer::new(clock::now_us());
+                continue;
+            }
+            let cpu_before = clock::thread_cpu_us();
+            let done = walk.step(host, pacer.batch(&limits));
+            let cpu_us = clock::thread_cpu_us().saturating_sub(cpu_before);
+            host.events.scan_cpu_us.store(clock::thread_cpu_us(), Ordering::Relaxed);
+            let sleep_us = pacer.after(&host.limits(), clock::now_us(), done, cpu_us);
+            if sleep_us > 0 {
+                host.scanner_bell.sleep(sleep_us, task::should_stop);
+            }
+            task::cond_resched();
+        }
+    }
+
+    fn wake(&self) {
+        self.0.scanner_bell.ring();
+    }
+}
+
+/// Where the scanner is.
+struct Walk {
+    region: u32,
+    index: usize,
+    /// A frame for the next new shared page.
+    spare: Option<Frame>,
+    /// End of the pages that were considered for protection.
+    window: usize,
+    /// Whether any region was found in this pass.
+    found: bool,
+}
+
+/// What is the same for all pages of a region.
+struct Visit {
+    scope: Scope,
+    seed: Seed,
+    zero_hash: u64,
+    zero_only: bool,
+    rules: merge::Rules,
+    pass: u64,
+}
+
+impl Walk {
+    fn new() -> Walk {
+        Walk { region: 0, index: 0, window: 0, spare: None, found: false }
+    }
+
+    /// Looks at up to `pages` pages; returns how many it was.
+    fn step(&mut self, host: &Host, pages: u64) -> u64 {
+        let policy = host.policy();
+        if host.index().maintain(host.registry(), host.contents()).is_err() {
+            host.refusals.no_memory.fetch_add(1, Ordering::Relaxed);
+        }
+        let mut done = 0;
+        while done < pages {
+            if self.region >= host.registry().end() {
+                self.end_pass(host);
+                // A pass over nothing must not spin.
+                done = done.saturating_add(1);
+                if !self.found {
+                    return pages;
+                }
+                self.found = false;
+                continue;
+            }
+            let Some(region) = host.registry().get(self.region) else {
+                self.next_region();
+                continue;
+            };
+            self.found = true;
+            let vm = region.vm();
+            let left = (SLOTS - self.index).min(usize::try_from(pages - done).unwrap_or(SLOTS));
+            if !vm.shares() || !vm.may_scan(clock::now_us(), left as u64) {
+                self.next_region();
+                done = done.saturating_add(1);
+                continue;
+            }
+            let scope = vm.scope();
+            let seed = host.seed(scope);
+            let visit = Visit {
+                scope,
+                seed,
+                zero_hash: hash::of_page(host.zero_frame(0), seed),
+                zero_only: policy.zero_only,
+                rules: host.rules(),
+                pass: host.events.full_scans.load(Ordering::Relaxed),
+            };
+            done = done.saturating_add(self.visit(host, &region, &visit, left) as u64);
+        }
+        done
+    }
+
+    fn next_region(&mut self) {
+        self.region = self.region.saturating_add(1);
+        self.index = 0;
+        self.window = 0;
+    }
+
+    fn end_pass(&mut self, host: &Host) {
+        self.region = 0;
+        self.index = 0;
+        self.window = 0;
+        if self.found {
+            host.events.full_scans.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Looks at up to `left` pages of one region, from where the walk is.
+    fn visit(&mut self, host: &Host, region: &Region, visit: &Visit, left: usize) -> usize {
+        let end = self.index.saturating_add(left).min(SLOTS);
+        let from = self.index;
+        let mut skipped = 0u64;
+        let mut scanned = 0u64;
+        while self.index < end {
+            // Most pages of a calm host need nothing: pass over them without the lock.
+            while self.index < end && !needs_look(region.peek(self.index), visit.pass, self.index) {
+                if region.peek(self.index).state() == State::Private {
+                    skipped += 1;
+                }
+                self.index += 1;
+            }
+            if self.index >= end {
+                break;
+            }
+            if self.spare.is_none() {
+                self.spare = Frame::alloc(Purpose::Shared, -1);
+            }
+            let mut guard = region.lock();
+            if guard.is_retired() {
+                drop(guard);
+                self.next_region();
+                return left;
+            }
+            self.protect_if_calm(&mut guard);
+            while self.index < end.min(self.window) {
+                let slot = guard.slot(self.index);
+                if needs_look(slot, visit.pass, self.index) {
+                    if slot.state() == State::Private {
+                        scanned += 1;
+                    }
+                    self.look(host, &mut guard, visit, slot);
+                } else if slot.state() == State::Private {
+                    skipped += 1;
+                }
+                self.index += 1;
+                if self.spare.is_none() || region.is_wanted() {
+                    break;
+                }
+            }
+            drop(guard);
+            if region.is_wanted() {
+                host.events.scan_yields.fetch_add(1, Ordering::Relaxed);
+                give_way(region);
+            }
+        }
+        host.events.pages_scanned.fetch_add(scanned, Ordering::Relaxed);
+        host.events.pages_skipped.fetch_add(skipped, Ordering::Relaxed);
+        let looked = self.index.saturating_sub(from).max(1);
+        if self.index >= SLOTS {
+            self.next_region();
+        }
+        looked
+    }
+
+    /// Write-protects the next window of pages, once a pass, when they were mostly unchanged lately.
+    fn protect_if_calm(&mut self, guard: &mut RegionGuard<'_>) {
+        /// Pages that are protected in one go, with the lock held.
+        const WINDOW: usize = 64;
+        /// A window earns protection when fewer than one in this many of its pages were volatile.
+        const CALM: usize = 8;
+        if self.index < self.window {
+            return;
+        }
+        self.window = (self.index + 1).next_multiple_of(WINDOW);
+        let (mut first, mut last, mut wild, mut open) = (SLOTS, 0, 0usize, 0usize);
+        for index in self.index..self.window {
+            let slot = guard.slot(index);
+            if slot.state() != State::Private || slot.is_stable() {
+                continue;
+            }
+            match slot.class() {
+                Class::Volatile => wild += 1,
+                Class::Unshared if !guard.is_protected(index) => {
+                    open += 1;
+                    first = first.min(index);
+                    last = index;
+                }
+                _ => {}
+            }
+        }
+        if open > 0 && wild * CALM < (self.window - self.index).max(CALM) {
+            guard.protect(first, last - first + 1);
+        }
+    }
+
+    /// Looks at one page that may have changed.
+    fn look(&mut self, host: &Host, guard: &mut RegionGuard<'_>, visit: &Visit, slot: Slot) {
+        let index = self.index;
+        if slot.state() == State::Shared {
+            reclaim_last(host, guard, index, slot);
+            return;
+        }
+        let Some(page) = guard.page(index) else { return };
+        if page.is_poisoned() {
+            host.refusals.poisoned.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        // In this order: protected, then nobody holds a pin from before, then the hash.
+        let trusted = guard.is_protected(index) && page.is_unpinned();
+        let hash = hash::of_page(page, visit.seed);
+        let changed = slot.class() != Class::Unchecked && slot.tag() != hash as u16;
+        if changed {
+            host.index().unhint(u64::from(slot.tag()), guard.region().page_id(index));
+            let backoff = slot.backoff();
+            guard.note(index, slot.looked_at(Class::Volatile, hash).with_backoff(backoff));
+            return;
+        }
+        let backoff = slot.backoff().saturating_sub(1);
+        if hash == visit.zero_hash {
+            if merge::try_zero(host, guard, index) == Outcome::Merged {
+                return;
+            }
+            guard.note(index, slot.looked_at(Class::Unshared, hash).with_backoff(backoff));
+            return;
+        }
+        if visit.zero_only {
+            guard.note(
+                index,
+                slot.looked_at(Class::Unshared, hash).with_backoff(backoff).with_stable(trusted),
+            );
+            return;
+        }
+        let key = Key { hash, scope: visit.scope };
+        match merge::try_merge(host, guard, index, key, visit.rules, &mut self.spare) {
+            Outcome::Merged => {}
+            Outcome::Unique => guard.note(
+                index,
+                slot.looked_at(Class::Unshared, hash).with_backoff(backoff).with_stable(trusted),
+            ),
+            Outcome::NotNow => {
+                guard.note(index, slot.looked_at(Class::Unshared, hash).with_backoff(backoff));
+            }
+        }
+    }
+}
+
+/// Whether the scanner has anything to do at this slot in this pass.
+#[inline]
+fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
+    match slot.state() {
+        State::Private => !slot.is_stable() && !slot.skipped_in(pass, index as u64),
+        // Every 8th pass is soon enough to give a lonely shared frame back.
+        State::Shared => pass.wrapping_add(index as u64) % 8 == 0,
+        State::Empty | State::Zero => false,
+    }
+}
+
+/// A shared frame with one sharer left becomes that slot's own again. It stays mapped read-only; the
+/// next write finds it Private.
+fn reclaim_last(host: &Host, guard: &mut RegionGuard<'_>, index: usize, slot: Slot) {
+    if host.index().sharers(slot.record()) != 1 {
+        return;
+    }
+    // The slot must let go of its sharer to hand it over, and nothing may see it in between: the
+    // region is locked.
+    let Content::Shared(sharer) = guard.set(index, Content::Empty, 0) else { return };
+    let content = match host.index().take_last(sharer) {
+        Ok(frame) => Content::Private(frame),
+        Err(sharer) => Content::Shared(sharer),
+    };
+    host.release(guard.set(index, content, slot.backoff()));
+}
+
+/// Lets those who wait for the region have it.
+fn give_way(region: &Region) {
+    const TRIES: u32 = 100;
+    for _ in 0..TRIES {
+        if !region.is_wanted() {
+            return;
+        }
+        task::cond_resched();
+        core::hint::spin_loop();
+    }
+    task::sleep_killable(1000);
+}
+
+impl Host {
+    /// The ceilings of the moment.
+    fn limits(&self) -> Limits {
+        Limits {
+            pages_per_sec: self.knobs.scan_pages_per_sec.load(Ordering::Relaxed),
+            period_secs: self.knobs.scan_period_secs.load(Ordering::Relaxed),
+            cpu_max_percent: self.knobs.scan_cpu_max_percent.load(Ordering::Relaxed) as u32,
+            total_pages: self.registered_pages(),
+        }
+    }
+}

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The shared index: which content was met before, and the frames that several slots share.
+//!
+//! Lock order: the index is a leaf under region locks; below it only the registry's lock.
+
+use super::{
+    region::Registry,
+    vm::Scope,
+};
+use crate::{
+    logic::{
+        catalog::{Catalog, Entry, GroupPage, HintOutcome, StableOutcome},
+        slot::{Class, State},
+    },
+    sys::{
+        frames::{self, AfterDrop, Boxes, FrameRecords},
+        page::{Frame, Label},
+        slots::Sharer,
+    },
+};
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{lock::mutex::MutexBackend, lock::Guard, Mutex},
+};
+
+/// How many entries of one hash are looked at.
+pub(crate) const CANDIDATES: usize = 4;
+
+/// A content's name: its hash within its scope.
+#[derive(Clone, Copy)]
+pub(crate) struct Key {
+    /// The hash, seeded by the scope.
+    pub(crate) hash: u64,
+    /// The scope.
+    pub(crate) scope: Scope,
+}
+
+impl Key {
+    fn label(self) -> Label {
+        Label { hash: self.hash, scope: self.scope.0 }
+    }
+}
+
+/// What the index says about a content.
+#[derive(Clone, Copy)]
+pub(crate) enum Candidate {
+    /// A shared frame that was published under this key.
+    Record(u32),
+    /// A page that had this hash when it was looked at.
+    Page(u32),
+}
+
+struct Inner {
+    catalog: Catalog<Boxes<GroupPage>>,
+    records: FrameRecords,
+}
+
+/// Figures of the index.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct IndexFigures {
+    /// Shared records with one sharer or more.
+    pub(crate) pages_shared: u64,
+    /// Sum of (sharers - 1).
+    pub(crate) pages_sharing: u64,
+    /// Memory of the tables.
+    pub(crate) bytes: u64,
+}
+
+/// The index.
+#[pin_data]
+pub(crate) struct SharedIndex {
+    #[pin]
+    inner: Mutex<Inner>,
+}
+
+impl SharedIndex {
+    /// An empty index, without memory yet.
+    pub(crate) fn new() -> impl PinInit<SharedIndex> {
+        pin_init!(SharedIndex {
+            inner <- new_mutex!(
+                Inner { catalog: Catalog::new(Boxes::new()), records: FrameRecords::new() },
+                "thinram_index"
+            ),
+        })
+    }
+
+    fn lock(&self) -> Guard<'_, Inner, MutexBackend> {
+        self.inner.lock()
+    }
+
+    /// What is known under `key`, shared frames first. Frames of another scope are left out.
+    pub(crate) fn find(&self, key: Key, out: &mut [Option<Candidate>; CANDIDATES]) {
+        let inner = self.lock();
+        let mut places = out.iter_mut();
+        for entry in inner.catalog.lookup(key.hash) {
+            let candidate = match entry {
+                Entry::Stable(id) => {
+                    let label = inner.records.page(id).map(|page| page.label());
+                    if label != Some(key.label()) {
+                        continue;
+                    }
+                    Candidate::Record(id)
+                }
+                Entry::Hint(page) => Candidate::Page(page),
+            };
+            match places.next() {
+                Some(place) => *place = Some(candidate),
+                None => return,
+            }
+        }
+    }
+
+    /// Joins record `id` unless it has `max` sharers; the frame cannot go while the sharer is held.
+    pub(crate) fn join(&self, id: u32, max: u32) -> Option<(Sharer, Frame)> {
+        let mut inner = self.lock();
+        let frame = inner.records.page(id)?.get();
+        match inner.records.join(id, max) {
+            Some(sharer) => Some((sharer, frame)),
+            None => None,
+        }
+    }
+
+    /// The frame of a record that the caller's slot is a sharer of.
+    pub(crate) fn frame(&self, id: u32) -> Option<Frame> {
+        Some(self.lock().records.page(id)?.get())
+    }
+
+    /// How many share the record.
+    pub(crate) fn sharers(&self, id: u32) -> u32 {
+        self.lock().records.sharers(id)
+    }
+
+    /// Whether a record can be published just now; `maintain` makes room.
+    pub(crate) fn has_room(&self) -> bool {
+        !self.lock().records.wants_page()
+    }
+
+    /// Makes `frame` a shared frame with two sharers, in place of the hint to `page_id`.
+    pub(crate) fn publish(
+        &self,
+        key: Key,
+        frame: Frame,
+        page_id: u32,
+        registry: &Registry,
+    ) -> Result<(Sharer, Sharer), Frame> {
+        let mut inner = self.lock();
+        let sharers = inner.records.publish(frame, key.label())?;
+        let id = sharers.0.record();
+        if !inner.catalog.promote(key.hash, page_id, id) {
+            // Without an entry the record still works; only newcomers cannot find it.
+            if let StableOutcome::Evicted(owner) = inner.catalog.insert_stable(key.hash, id) {
+                drop(inner);
+                forget_owner(registry, owner);
+            }
+        }
+        Ok(sharers)
+    }
+
+    /// Gives a sharer back; the last one's frame is returned, to be freed with no lock held.
+    pub(crate) fn leave(&self, sharer: Sharer) -> Option<Frame> {
+        let mut inner = self.lock();
+        let id = sharer.record();
+        let label = inner.records.page(id).map(|page| page.label());
+        match inner.records.leave(sharer) {
+            AfterDrop::Shared => None,
+            AfterDrop::Last(frame) => {
+                if let Some(label) = label {
+                    inner.catalog.remove(label.hash, Entry::Stable(id));
+                }
+                Some(frame)
+            }
+        }
+    }
+
+    /// Hands the frame to the only sharer that is left.
+    pub(crate) fn take_last(&self, sharer: Sharer) -> Result<Frame, Sharer> {
+        let mut inner = self.lock();
+        let id = sharer.record();
+        let label = inner.records.page(id).map(|page| page.label());
+        let frame = inner.records.take_last(sharer)?;
+        if let Some(label) = label {
+            inner.catalog.remove(label.hash, Entry::Stable(id));
+        }
+        Ok(frame)
+    }
+
+    /// Leaves a hint. False when there was no place for it.
+    pub(crate) fn hint(&self, hash: u64, page_id: u32, registry: &Registry) -> bool {
+        let outcome = self.lock().catalog.insert_hint(hash, page_id);
+        match outcome {
+            HintOutcome::Placed | HintOutcome::Replaced(_) => true,
+            HintOutcome::Evicted(owner) => {
+                forget_owner(registry, owner);
+                true
+            }
+            HintOutcome::Refused => false,
+        }
+    }
+
+    /// Takes a hint back, as far as the known bits of its hash find it.
+    pub(crate) fn unhint(&self, hash: u64, page_id: u32) {
+        self.lock().catalog.remove(hash, Entry::Hint(page_id));
+    }
+
+    /// Makes room: called by the scanner between pages, with no region locked. The catalog grows
+    /// while it has fewer places than there are contents it may have to hold (`contents`).
+    pub(crate) fn maintain(&self, registry: &Registry, contents: u64) -> Result {
+        loop {
+            let inner = self.lock();
+            let wants_records = inner.records.wants_page();
+            let too_small = inner.catalog.capacity() < contents.saturating_mul(8) / 7;
+            let wants_groups = inner.catalog.wants_page() && (too_small || inner.catalog.capacity() == 0);
+            let wants_growth = inner.catalog.wants_growth() && too_small;
+            drop(inner);
+            if wants_records {
+                let page = frames::record_page()?;
+                self.lock().records.add_page(page)?;
+            } else if wants_groups && (wants_growth || self.lock().catalog.capacity() == 0) {
+                let page = frames::group_page()?;
+                self.lock().catalog.store_mut().push(page)?;
+            } else if wants_growth {
+                let owner_bits = |entry: Entry| owner_bits(registry, entry);
+                let mut inner = self.lock();
+                let Inner { catalog, records } = &mut *inner;
+                let grew = catalog.grow_step(&mut |entry| match entry {
+                    Entry::Stable(id) => records.page(id).map(|page| page.label().hash as u16),
+                    hint => owner_bits(hint),
+                });
+                if !grew {
+                    return Ok(());
+                }
+            } else {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Publishes every record that `rename` has a new key for under that key; all hints are dropped
+    /// because their hashes may be of another seed.
+    pub(crate) fn rename_records(&self, mut rename: impl FnMut(u32, &Frame, Label) -> Option<Key>) {
+        let mut inner = self.lock();
+        inner.catalog.clear_hints();
+        let mut next = 0;
+        while let Some(id) = inner.records.table().next_live(next) {
+            next = id.saturating_add(1);
+            let Some(page) = inner.records.page(id) else { continue };
+            let (frame, old) = (page.get(), page.label());
+            if let Some(key) = rename(id, &frame, old) {
+                inner.catalog.remove(old.hash, Entry::Stable(id));
+                inner.records.relabel(id, key.label());
+                inner.catalog.insert_stable(key.hash, id);
+            }
+        }
+    }
+
+    /// One more than the highest record id in use.
+    pub(crate) fn records_end(&self) -> u32 {
+        let inner = self.lock();
+        let mut end = 0;
+        while let Some(id) = inner.records.table().next_live(end) {
+            end = id.saturating_add(1);
+        }
+        end
+    }
+
+    /// The scope that a record was published under.
+    pub(crate) fn scope_of(&self, id: u32) -> Option<Scope> {
+        Some(Scope(self.lock().records.page(id)?.label().scope))
+    }
+
+    /// Figures for sysfs.
+    pub(crate) fn figures(&self) -> IndexFigures {
+        let inner = self.lock();
+        IndexFigures {
+            pages_shared: inner.records.table().len() as u64,
+            pages_sharing: inner.records.table().pages_sharing(),
+            bytes: inner.catalog.bytes().saturating_add(inner.records.table().bytes()),
+        }
+    }
+}
+
+/// A page lost its hint: let the next pass hash it again, so that no pair is missed for ever.
+fn forget_owner(registry: &Registry, page_id: u32) {
+    if let Some((region, index)) = registry.page(page_id) {
+        region.forget_stable(index);
+    }
+}
+
+/// The low bits of the hash that a hint's page had when it was looked at; `None` if it has changed.
+fn owner_bits(registry: &Registry, entry: Entry) -> Option<u16> {
+    let Entry::Hint(page_id) = entry else { return None };
+    let (region, index) = registry.page(page_id)?;
+    let slot = region.peek(index);
+    (slot.state() == State::Private && slot.class() == Class::Unshared).then(|| slot.tag())
+}

@@ -1,0 +1,470 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! VMs and sharing domains: who owns pages, and who may share them with whom.
+//!
+//! Lock order: the VM list > a VM's domain. A VM's counts are a leaf under any region lock.
+
+use crate::{
+    logic::{
+        counts::{self, Counts},
+        pace::TokenBucket,
+        slot,
+        tunables::ShareScope,
+    },
+    sys::kobj::Directory,
+};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+use kernel::{
+    new_condvar, new_mutex, new_spinlock,
+    prelude::*,
+    sync::{
+        lock::{mutex::MutexBackend, spinlock::SpinLockBackend, Guard},
+        Arc, CondVar, Mutex, SpinLock,
+    },
+};
+
+/// Who shares with whom, as a number: pages meet only under equal numbers.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Scope(pub(crate) u32);
+
+impl Scope {
+    /// Shares with nobody.
+    pub(crate) const NONE: Scope = Scope(0);
+    /// Everybody on the host.
+    pub(crate) const HOST: Scope = Scope(1);
+
+    /// All VMs of one domain.
+    pub(crate) fn of_domain(id: u32) -> Scope {
+        Scope(id.wrapping_mul(2).wrapping_add(2))
+    }
+
+    /// One VM alone.
+    pub(crate) fn of_vm(id: u32) -> Scope {
+        Scope(id.wrapping_mul(2).wrapping_add(3))
+    }
+}
+
+/// A name under which VMs share pages.
+pub(crate) struct Domain {
+    id: u32,
+    name: KVec<u8>,
+}
+
+impl Domain {
+    /// The name, as it was given.
+    pub(crate) fn name(&self) -> &[u8] {
+        &self.name
+    }
+}
+
+/// How a VM's slots are counted; changed under one lock, so that every look is a true snapshot.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct VmCounts {
+    /// Pages by state.
+    pub(crate) pages: Counts,
+    /// Private pages that were looked at and have no equal.
+    pub(crate) unshared: u64,
+    /// Private pages that changed between the last two looks.
+    pub(crate) volatile: u64,
+}
+
+impl VmCounts {
+    /// A page goes from one state to another.
+    pub(crate) fn move_page(&mut self, from: counts::Class, to: counts::Class) {
+        // A refusal would mean that a page was counted twice; the sum stays true either way.
+        if from != to && self.pages.transition(from, to, 1).is_err() {
+            kernel::pr_err_once!("thinram: page counts are off ({:?} to {:?})\n", from, to);
+        }
+    }
+
+    /// A Private page's class changes; `None` for a page that is not Private.
+    pub(crate) fn reclassify(&mut self, from: Option<slot::Class>, to: Option<slot::Class>) {
+        match from {
+            Some(slot::Class::Unshared) => self.unshared = self.unshared.saturating_sub(1),
+            Some(slot::Class::Volatile) => self.volatile = self.volatile.saturating_sub(1),
+            _ => {}
+        }
+        match to {
+            Some(slot::Class::Unshared) => self.unshared = self.unshared.saturating_add(1),
+            Some(slot::Class::Volatile) => self.volatile = self.volatile.saturating_add(1),
+            _ => {}
+        }
+    }
+}
+
+/// What a VM counts as it runs.
+#[derive(Default)]
+pub(crate) struct VmEvents {
+    /// Faults served.
+    pub(crate) faults: AtomicU64,
+    /// Shared and zero pages that a write gave a frame of their own.
+    pub(crate) cow_breaks: AtomicU64,
+    /// Write faults on pages that the scanner had write-protected.
+    pub(crate) protect_faults: AtomicU64,
+    /// Microseconds that faults waited for memory.
+    pub(crate) stall_us: AtomicU64,
+}
+
+/// One VM: the files of one directory.
+#[pin_data]
+pub(crate) struct Vm {
+    id: u32,
+    #[pin]
+    name: Mutex<KVec<u8>>,
+    #[pin]
+    domain: Mutex<Arc<Domain>>,
+    /// The scope that its pages are shared under now; changed by `regroup` only.
+    scope: AtomicU32,
+    /// Whether its pages may be shared at all.
+    share: AtomicBool,
+    #[pin]
+    counts: SpinLock<VmCounts>,
+    /// What it counts.
+    pub(crate) events: VmEvents,
+    /// Its own ceiling on scanned pages a second, 0 = none.
+    pub(crate) scan_pages_per_sec: AtomicU64,
+    #[pin]
+    scan_budget: SpinLock<TokenBucket>,
+    owner_pid: AtomicI32,
+    /// Mappings of its files.
+    pub(crate) mappings: AtomicU64,
+    /// Files; changed under the VM list's lock.
+    files: AtomicU32,
+    #[pin]
+    directory: Mutex<Option<Directory<Vm>>>,
+}
+
+/// Defaults for new VMs: mount options.
+#[derive(Clone, Copy)]
+pub(crate) struct VmDefaults {
+    /// Whether they share.
+    pub(crate) share: bool,
+    /// Their ceiling on scanned pages a second, 0 = none.
+    pub(crate) scan_pages_per_sec: u64,
+}
+
+impl Vm {
+    /// Number of the VM on the host.
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Runs `f` on the name.
+    pub(crate) fn with_name<R>(&self, f: impl FnOnce(&[u8]) -> R) -> R {
+        f(&self.name.lock())
+    }
+
+    /// The counts, locked: a leaf.
+    pub(crate) fn counts(&self) -> Guard<'_, VmCounts, SpinLockBackend> {
+        self.counts.lock()
+    }
+
+    /// A snapshot of the counts.
+    pub(crate) fn snapshot(&self) -> VmCounts {
+        *self.counts.lock()
+    }
+
+    /// The scope that its pages are shared under now.
+    pub(crate) fn scope(&self) -> Scope {
+        Scope(self.scope.load(Ordering::Relaxed))
+    }
+
+    /// Only `regroup` calls this, once no share crosses the new border.
+    pub(super) fn set_scope(&self, scope: Scope) {
+        self.scope.store(scope.0, Ordering::Relaxed);
+    }
+
+    /// Whether its pages may be shared.
+    pub(crate) fn shares(&self) -> bool {
+        self.share.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_shares(&self, share: bool) {
+        self.share.store(share, Ordering::Relaxed);
+    }
+
+    /// Its domain.
+    pub(crate) fn domain(&self) -> Arc<Domain> {
+        self.domain.lock().clone()
+    }
+
+    pub(super) fn set_domain(&self, domain: Arc<Domain>) {
+        let old = core::mem::replace(&mut *self.domain.lock(), domain);
+        drop(old);
+    }
+
+    /// The scope that `share_scope` means for this VM.
+    pub(crate) fn scope_under(&self, share_scope: ShareScope) -> Scope {
+        self.scope_with(share_scope, self.shares(), self.domain().id)
+    }
+
+    /// The same with another domain or `share` than it has now.
+    pub(super) fn scope_with(&self, share_scope: ShareScope, shares: bool, domain: u32) -> Scope {
+        match share_scope {
+            _ if !shares => Scope::NONE,
+            ShareScope::Vm => Scope::of_vm(self.id),
+            ShareScope::Domain => Scope::of_domain(domain),
+            ShareScope::Host => Scope::HOST,
+        }
+    }
+
+    /// Whether its own ceiling allows `pages` more pages now.
+    pub(crate) fn may_scan(&self, now_us: u64, pages: u64) -> bool {
+        let rate = self.scan_pages_per_sec.load(Ordering::Relaxed);
+        rate == 0 || self.scan_budget.lock().take(now_us, rate, pages)
+    }
+
+    /// A mapping was made by process `pid`.
+    pub(crate) fn mapped_by(&self, pid: i32) {
+        self.owner_pid.store(pid, Ordering::Relaxed);
+        self.mappings.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A mapping was copied or split.
+    pub(crate) fn mapping_added(&self) {
+        self.mappings.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A mapping ended.
+    pub(crate) fn mapping_ended(&self) {
+        if self.mappings.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.owner_pid.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Process that mapped its memory last, 0 = none.
+    pub(crate) fn owner_pid(&self) -> i32 {
+        self.owner_pid.load(Ordering::Relaxed)
+    }
+}
+
+impl Domain {
+    /// Number of the domain on the host.
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+}
+
+struct VmList {
+    vms: KVec<Arc<Vm>>,
+    domains: KVec<Arc<Domain>>,
+    next_id: u32,
+}
+
+/// All VMs of the host, and the domains that they name.
+#[pin_data]
+pub(crate) struct Vms {
+    #[pin]
+    list: Mutex<VmList>,
+    /// Told when a VM has gone for good.
+    #[pin]
+    gone: CondVar,
+}
+
+/// What is to be made in sysfs for a new VM.
+pub(crate) type MakeDirectory<'a> = &'a dyn Fn(&Arc<Vm>, &[u8]) -> Result<Directory<Vm>>;
+
+impl Vms {
+    /// No VMs.
+    pub(crate) fn new() -> impl PinInit<Vms> {
+        pin_init!(Vms {
+            list <- new_mutex!(
+                VmList { vms: KVec::new(), domains: KVec::new(), next_id: 0 },
+                "thinram_vms"
+            ),
+            gone <- new_condvar!("thinram_vm_gone"),
+        })
+    }
+
+    /// One more file of the VM in `place` (a directory's memory of its VM), made if need be.
+    ///
+    /// `None` when a VM is just ending in that place: wait with [`Vms::wait_for_an_end`] and try
+    /// again. A name that another VM has is EEXIST.
+    pub(crate) fn attach(
+        &self,
+        place: &Mutex<Option<Arc<Vm>>>,
+        name: &[u8],
+        domain: Option<&[u8]>,
+        defaults: VmDefaults,
+        share_scope: ShareScope,
+        make_directory: MakeDirectory<'_>,
+    ) -> Result<Option<Arc<Vm>>> {
+        let mut list = self.list.lock();
+        let known = place.lock().clone();
+        if let Some(vm) = known {
+            if vm.files.load(Ordering::Relaxed) > 0 {
+                vm.files.fetch_add(1, Ordering::Relaxed);
+                return Ok(Some(vm));
+            }
+            if list.vms.iter().any(|other| Arc::ptr_eq(other, &vm)) {
+                return Ok(None);
+            }
+            *place.lock() = None;
+        }
+        if list.vms.iter().any(|vm| vm.with_name(|other| other == name)) {
+            return Err(EEXIST);
+        }
+        let id = list.next_id;
+        list.next_id = id.wrapping_add(1);
+        let domain = match domain {
+            Some(name) => list.domain(name)?,
+            None => Arc::new(Domain { id: list.take_id(), name: KVec::new() }, GFP_KERNEL)?,
+        };
+        let vm = Vm::new(id, name, domain, defaults, share_scope)?;
+        list.vms.push(vm.clone(), GFP_KERNEL)?;
+        match make_directory(&vm, name) {
+            Ok(directory) => *vm.directory.lock() = Some(directory),
+            Err(error) => {
+                list.vms.retain(|other| !Arc::ptr_eq(other, &vm));
+                return Err(error);
+            }
+        }
+        *place.lock() = Some(vm.clone());
+        Ok(Some(vm))
+    }
+
+    /// Waits until the VM in `place` has ended. Holds no lock that its end could need.
+    pub(crate) fn wait_for_an_end(&self, place: &Mutex<Option<Arc<Vm>>>) -> Result {
+        let mut list = self.list.lock();
+        loop {
+            let Some(vm) = place.lock().clone() else { return Ok(()) };
+            let ending = vm.files.load(Ordering::Relaxed) == 0
+                && list.vms.iter().any(|other| Arc::ptr_eq(other, &vm));
+            if !ending {
+                return Ok(());
+            }
+            if self.gone.wait_interruptible(&mut list) {
+                return Err(ERESTARTSYS);
+            }
+        }
+    }
+
+    /// A file of `vm` was evicted; with the last one the VM ends.
+    pub(crate) fn detach(&self, vm: &Arc<Vm>) {
+        let list = self.list.lock();
+        if vm.files.fetch_sub(1, Ordering::Relaxed) != 1 {
+            return;
+        }
+        drop(list);
+        // Waits for readers of its files in sysfs, which take no lock of ours that is held here.
+        drop(vm.directory.lock().take());
+        let mut list = self.list.lock();
+        list.vms.retain(|other| !Arc::ptr_eq(other, vm));
+        list.forget_domains();
+        self.gone.notify_all();
+    }
+
+    /// Gives the VM another name. EEXIST when it is taken.
+    pub(crate) fn rename(&self, vm: &Arc<Vm>, name: &[u8]) -> Result {
+        let list = self.list.lock();
+        if list.vms.iter().any(|o| !Arc::ptr_eq(o, vm) && o.with_name(|other| other == name)) {
+            return Err(EEXIST);
+        }
+        let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
+        owned.extend_from_slice(name, GFP_KERNEL)?;
+        if let Some(directory) = &*vm.directory.lock() {
+            directory.rename(name)?;
+        }
+        *vm.name.lock() = owned;
+        Ok(())
+    }
+
+    /// Runs `f` on each VM.
+    pub(crate) fn for_each(&self, mut f: impl FnMut(&Arc<Vm>)) {
+        for vm in &self.list.lock().vms {
+            f(vm);
+        }
+    }
+
+    /// The domain of that name, made if need be; the empty name is a new domain of nobody else.
+    pub(crate) fn domain(&self, name: &[u8]) -> Result<Arc<Domain>> {
+        let mut list = self.list.lock();
+        if name.is_empty() {
+            let id = list.take_id();
+            return Ok(Arc::new(Domain { id, name: KVec::new() }, GFP_KERNEL)?);
+        }
+        list.domain(name)
+    }
+
+    /// Memory taken by VMs and domains, without their regions.
+    pub(crate) fn bytes(&self) -> u64 {
+        let list = self.list.lock();
+        let vms = list.vms.len().saturating_mul(core::mem::size_of::<Vm>());
+        let domains = list.domains.len().saturating_mul(core::mem::size_of::<Domain>());
+        vms.saturating_add(domains) as u64
+    }
+
+    /// Locks the list, so that no VM comes or goes.
+    pub(crate) fn freeze(&self) -> FrozenVms<'_> {
+        FrozenVms(self.list.lock())
+    }
+}
+
+/// The VM list, held still.
+pub(crate) struct FrozenVms<'a>(Guard<'a, VmList, MutexBackend>);
+
+impl FrozenVms<'_> {
+    /// Each VM.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Vm>> {
+        self.0.vms.iter()
+    }
+}
+
+impl VmList {
+    fn take_id(&mut self) -> u32 {
+        let id = self.next_id;
+        self.next_id = id.wrapping_add(1);
+        id
+    }
+
+    fn domain(&mut self, name: &[u8]) -> Result<Arc<Domain>> {
+        if let Some(domain) = self.domains.iter().find(|d| d.name() == name) {
+            return Ok(domain.clone());
+        }
+        let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
+        owned.extend_from_slice(name, GFP_KERNEL)?;
+        let domain = Arc::new(Domain { id: self.take_id(), name: owned }, GFP_KERNEL)?;
+        self.domains.push(domain.clone(), GFP_KERNEL)?;
+        Ok(domain)
+    }
+
+    /// With the last VM the names go; before that one may just be on its way to a VM.
+    fn forget_domains(&mut self) {
+        if self.vms.is_empty() {
+            self.domains.clear();
+        }
+    }
+}
+
+impl Vm {
+    fn new(
+        id: u32,
+        name: &[u8],
+        domain: Arc<Domain>,
+        defaults: VmDefaults,
+        share_scope: ShareScope,
+    ) -> Result<Arc<Vm>> {
+        let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
+        owned.extend_from_slice(name, GFP_KERNEL)?;
+        let vm = Arc::pin_init(
+            pin_init!(Vm {
+                id,
+                name <- new_mutex!(owned, "thinram_vm_name"),
+                domain <- new_mutex!(domain, "thinram_vm_domain"),
+                scope: AtomicU32::new(0),
+                share: AtomicBool::new(defaults.share),
+                counts <- new_spinlock!(VmCounts::default(), "thinram_vm_counts"),
+                events: VmEvents::default(),
+                scan_pages_per_sec: AtomicU64::new(defaults.scan_pages_per_sec),
+                scan_budget <- new_spinlock!(TokenBucket::new(0), "thinram_vm_budget"),
+                owner_pid: AtomicI32::new(0),
+                mappings: AtomicU64::new(0),
+                files: AtomicU32::new(1),
+                directory <- new_mutex!(None, "thinram_vm_directory"),
+            }),
+            GFP_KERNEL,
+        )?;
+        vm.set_scope(vm.scope_under(share_scope));
+        Ok(vm)
+    }
+}

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! /sys/kernel/debug/thinram: how long faults waited for a region's lock, and in debug builds the
+//! switches that take one protection out at a time. Not part of the ABI.
+
+use crate::engine::host::Host;
+use kernel::{
+    debugfs::{Dir, File},
+    fmt,
+    prelude::*,
+    sync::Arc,
+};
+
+/// The host, as debugfs shows it.
+struct Waits(Arc<Host>);
+
+/// The directory's files; dropping them removes them.
+#[pin_data]
+pub(crate) struct DebugFiles {
+    #[pin]
+    lock_wait: File<Waits>,
+    #[cfg(thinram_debug)]
+    switches: switches::Switches,
+    _dir: Dir,
+}
+
+impl DebugFiles {
+    /// Makes the directory.
+    pub(crate) fn new(host: Arc<Host>) -> Result<Pin<KBox<DebugFiles>>> {
+        let dir = Dir::new(c"thinram");
+        let files = dir.clone();
+        KBox::try_pin_init(
+            try_pin_init!(DebugFiles {
+                lock_wait <- files.read_callback_file(c"fault_lock_wait_us", Waits(host), &show_waits),
+                #[cfg(thinram_debug)]
+                switches: switches::Switches::new(&dir)?,
+                _dir: dir.clone(),
+            }),
+            GFP_KERNEL,
+        )
+    }
+}
+
+fn show_waits(waits: &Waits, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let hist = waits.0.lock_wait_us.snapshot();
+    writeln!(f, "count {} p50 {} p99 {} max {}", hist.count(), hist.p50(), hist.p99(), hist.max)?;
+    for (bucket, count) in hist.buckets.iter().enumerate() {
+        if *count > 0 {
+            let (from, to) = crate::logic::hist::bucket_bounds(bucket);
+            writeln!(f, "{from} {to} {count}")?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(thinram_debug)]
+mod switches {
+    use crate::sys::protect;
+    use core::sync::atomic::Ordering;
+    use kernel::{
+        debugfs::{Dir, File},
+        fmt,
+        prelude::*,
+    };
+
+    struct Switch(protect::Protection);
+
+    /// One file for each protection; `1` takes it out.
+    pub(super) struct Switches(#[allow(dead_code)] KVec<Pin<KBox<File<Switch>>>>);
+
+    impl Switches {
+        pub(super) fn new(dir: &Dir) -> Result<Switches> {
+            let mut files = KVec::with_capacity(protect::ALL.len(), GFP_KERNEL)?;
+            for (protection, name) in protect::ALL {
+                let file = KBox::pin_init(
+                    dir.read_write_callback_file(name, Switch(protection), &show, &store),
+                    GFP_KERNEL,
+                )?;
+                files.push(file, GFP_KERNEL)?;
+            }
+            Ok(Switches(files))
+        }
+    }
+
+    fn show(switch: &Switch, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", u8::from(!protect::armed(switch.0)))
+    }
+
+    fn store(switch: &Switch, reader: &mut kernel::uaccess::UserSliceReader) -> Result {
+        let first: u8 = reader.read()?;
+        let out = match first {
+            b'0' => false,
+            b'1' => true,
+            _ => return Err(EINVAL),
+        };
+        protect::switch(switch.0).store(out, Ordering::Relaxed);
+        Ok(())
+    }
+}

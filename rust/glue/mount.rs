@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Mounting: options, superblocks, statfs.
+
+use super::{
+    fs,
+    node::{self, Mount},
+};
+use crate::{
+    engine::{backing::PAGE, host::Host, vm::VmDefaults},
+    logic::tunables,
+    sys::bindings,
+};
+use core::ptr::NonNull;
+use kernel::{
+    ffi::c_int,
+    prelude::*,
+    str::CStr,
+    sync::{Arc, ArcBorrow},
+};
+
+kernel::sync::global_lock! {
+    // SAFETY: Initialized in `set_host`, which the module's init calls before the file system can
+    // be found.
+    unsafe(uninit) static HOST: Mutex<Option<Arc<Host>>> = None;
+}
+
+/// Makes the host known to the file system, and initializes what holds it.
+///
+/// # Safety
+///
+/// Called once, before anything else in `glue`.
+pub(crate) unsafe fn set_host(host: Arc<Host>) {
+    // SAFETY: By the caller's promise.
+    unsafe { HOST.init() };
+    *HOST.lock() = Some(host);
+}
+
+/// Forgets the host; no mount is left by then.
+pub(crate) fn forget_host() {
+    let host = HOST.lock().take();
+    drop(host);
+}
+
+/// The order of thinram_parameters in helpers.c.
+const OPT_SIZE: c_int = 0;
+const OPT_MODE: c_int = 1;
+const OPT_UID: c_int = 2;
+const OPT_GID: c_int = 3;
+const OPT_DOMAIN: c_int = 4;
+const OPT_SHARE: c_int = 5;
+const OPT_SCAN_PAGES: c_int = 6;
+
+const ENOPARAM: c_int = -519;
+
+/// "thnr"
+const MAGIC: usize = 0x7468_6e72;
+
+/// What was asked for; `None` = not mentioned.
+#[derive(Default)]
+struct Options {
+    size_pages: Option<u64>,
+    mode: Option<u16>,
+    uid: Option<bindings::kuid_t>,
+    gid: Option<bindings::kgid_t>,
+    domain: Option<KVec<u8>>,
+    share: Option<bool>,
+    scan_pages_per_sec: Option<u64>,
+}
+
+fn refuse(fc: *mut bindings::fs_context, why: &CStr) -> Error {
+    // SAFETY: The context is the kernel's and alive.
+    unsafe { bindings::thinram_fc_error(fc, why.as_char_ptr()) };
+    EINVAL
+}
+
+/// # Safety
+///
+/// Called by the kernel.
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_init_fs_context(fc: *mut bindings::fs_context) -> c_int {
+    match KBox::new(Options::default(), GFP_KERNEL) {
+        Ok(options) => {
+            // SAFETY: The context is fresh; `free` takes the box back.
+            unsafe { bindings::thinram_fc_setup(fc, KBox::into_raw(options).cast()) };
+            0
+        }
+        Err(_) => ENOMEM.to_errno(),
+    }
+}
+
+/// # Safety
+///
+/// Called by the kernel.
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_free_fc(fc: *mut bindings::fs_context) {
+    // SAFETY: The options are the box that init_fs_context put there, or null.
+    unsafe {
+        let options = bindings::thinram_fc_options(fc).cast::<Options>();
+        if !options.is_null() {
+            drop(KBox::from_raw(options));
+        }
+    }
+}
+
+/// # Safety
+///
+/// `fc` is a context that thinram_rs_init_fs_context set up.
+unsafe fn options<'a>(fc: *mut bindings::fs_context) -> &'a mut Options {
+    // SAFETY: By the caller's promise; the kernel serializes the calls on one context.
+    unsafe { &mut *bindings::thinram_fc_options(fc).cast::<Options>() }
+}
+
+/// # Safety
+///
+/// Called by the kernel.
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_parse_param(
+    fc: *mut bindings::fs_context,
+    param: *mut bindings::fs_parameter,
+) -> c_int {
+    // SAFETY: All-zero is valid for this plain structure.
+    let mut result: bindings::fs_parse_result = unsafe { core::mem::zeroed() };
+    // SAFETY: All three are valid for the call.
+    let opt = unsafe { bindings::thinram_fs_parse(fc, param, &mut result) };
+    if opt == ENOPARAM {
+        // SAFETY: As above.
+        return unsafe { bindings::vfs_parse_fs_param_source(fc, param) };
+    }
+    if opt < 0 {
+        return opt;
+    }
+    // SAFETY: A string parameter's value is a C string; the union is read as the option says.
+    let parsed = unsafe {
+        let text = bindings::thinram_param_string(param);
+        let text = if text.is_null() { &[][..] } else { CStr::from_char_ptr(text).to_bytes() };
+        parse(fc, options(fc), opt, text, &result)
+    };
+    super::errno(parsed)
+}
+
+/// # Safety
+///
+/// `value` holds what option `opt` takes.
+unsafe fn parse(
+    fc: *mut bindings::fs_context,
+    options: &mut Options,
+    opt: c_int,
+    text: &[u8],
+    value: &bindings::fs_parse_result,
+) -> Result {
+    // SAFETY: By the caller's promise.
+    unsafe {
+        match opt {
+            OPT_SIZE => {
+                let bytes = tunables::parse_size(text).map_err(|_| {
+                    refuse(fc, c"size= takes bytes, or a number with k, m, g or t; 0 = no limit")
+                })?;
+                options.size_pages = Some(bytes / PAGE);
+            }
+            OPT_MODE => match u16::try_from(bindings::thinram_result_u32(value)) {
+                Ok(mode) if mode <= 0o777 => options.mode = Some(mode),
+                _ => return Err(refuse(fc, c"mode= takes an octal number up to 0777")),
+            },
+            OPT_UID => options.uid = Some(bindings::thinram_result_uid(value)),
+            OPT_GID => options.gid = Some(bindings::thinram_result_gid(value)),
+            OPT_DOMAIN => {
+                let name = tunables::parse_name(text).map_err(|_| {
+                    refuse(fc, c"domain= takes 1 to 255 bytes of UTF-8 without control characters")
+                })?;
+                let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
+                owned.extend_from_slice(name.as_bytes(), GFP_KERNEL)?;
+                options.domain = Some(owned);
+            }
+            OPT_SHARE => options.share = Some(bindings::thinram_result_bool(value)),
+            OPT_SCAN_PAGES => {
+                options.scan_pages_per_sec = Some(bindings::thinram_result_u64(value));
+            }
+            _ => return Err(EINVAL),
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+///
+/// Called by the kernel.
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_get_tree(fc: *mut bindings::fs_context) -> c_int {
+    // SAFETY: The context is ours.
+    unsafe { bindings::get_tree_nodev(fc, Some(fill_super)) }
+}
+
+/// # Safety
+///
+/// Called by the kernel with a new superblock.
+unsafe extern "C" fn fill_super(
+    sb: *mut bindings::super_block,
+    fc: *mut bindings::fs_context,
+) -> c_int {
+    // SAFETY: By the caller.
+    super::errno(unsafe { fill(sb, options(fc)) })
+}
+
+/// # Safety
+///
+/// `sb` is new and empty.
+unsafe fn fill(sb: *mut bindings::super_block, options: &mut Options) -> Result {
+    let host = HOST.lock().clone().ok_or(ENODEV)?;
+    let defaults = VmDefaults {
+        share: options.share.unwrap_or(true),
+        scan_pages_per_sec: options.scan_pages_per_sec.unwrap_or(0),
+    };
+    let mode = options.mode.unwrap_or(0o700);
+    let limit = options.size_pages.unwrap_or(0);
+    let mount = Mount::new(host, options.domain.take(), defaults, mode, limit)?;
+    // SAFETY: The superblock is ours alone; kill_sb takes the Arc back.
+    unsafe {
+        (*sb).s_fs_info = mount.into_raw().cast_mut().cast();
+        (*sb).s_maxbytes = (crate::engine::backing::MAX_PAGES * PAGE) as i64;
+        (*sb).s_blocksize = PAGE as usize;
+        (*sb).s_blocksize_bits = bindings::PAGE_SHIFT as u8;
+        (*sb).s_magic = MAGIC;
+        bindings::thinram_sb_setup(sb);
+        let root = fs::new_dir(sb, core::ptr::null(), mode, b"/", true)?;
+        if let Some(uid) = options.uid {
+            (*root).i_uid = uid;
+        }
+        if let Some(gid) = options.gid {
+            (*root).i_gid = gid;
+        }
+        (*sb).s_root = bindings::d_make_root(root);
+        if (*sb).s_root.is_null() {
+            return Err(ENOMEM);
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+///
+/// Called by the kernel on remount.
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_reconfigure(fc: *mut bindings::fs_context) -> c_int {
+    // SAFETY: The context's root is one of our superblocks.
+    let (options, mount) = unsafe { (options(fc), node::of_sb(bindings::thinram_fc_super(fc))) };
+    super::errno(remount(fc, options, mount))
+}
+
+fn remount(
+    fc: *mut bindings::fs_context,
+    options: &Options,
+    mount: ArcBorrow<'_, Mount>,
+) -> Result {
+    let same_domain = match (&options.domain, &mount.domain) {
+        (None, _) => true,
+        (Some(new), Some(old)) => new[..] == old[..],
+        (Some(_), None) => false,
+    };
+    if !same_domain {
+        return Err(refuse(fc, c"domain= cannot change on remount: write vms/NAME/domain instead"));
+    }
+    if options.uid.is_some() || options.gid.is_some() {
+        return Err(refuse(fc, c"uid= and gid= cannot change on remount: use chown"));
+    }
+    if options.mode.is_some_and(|mode| mode != mount.mode) {
+        return Err(refuse(fc, c"mode= cannot change on remount: use chmod"));
+    }
+    if options.share.is_some_and(|share| share != mount.defaults.share)
+        || options.scan_pages_per_sec.is_some_and(|n| n != mount.defaults.scan_pages_per_sec)
+    {
+        return Err(refuse(fc, c"defaults for VMs cannot change on remount: write vms/NAME/..."));
+    }
+    if let Some(pages) = options.size_pages {
+        mount.set_limit(pages).map_err(|_| refuse(fc, c"size= is less than the files have"))?;
+    }
+    Ok(())
+}
+
+/// # Safety
+///
+/// Called by the kernel when the last user of a superblock went.
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_kill_sb(sb: *mut bindings::super_block) {
+    // SAFETY: After kill_anon_super no inode is left, so the Arc is not borrowed any more.
+    unsafe {
+        let mount = (*sb).s_fs_info.cast::<Mount>();
+        bindings::kill_anon_super(sb);
+        if let Some(mount) = NonNull::new(mount) {
+            drop(Arc::from_raw(mount.as_ptr()));
+        }
+    }
+}
+
+/// # Safety
+///
+/// Called by the kernel.
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_statfs(
+    dentry: *mut bindings::dentry,
+    buf: *mut bindings::kstatfs,
+) -> c_int {
+    // SAFETY: A dentry of ours; the buffer is the kernel's.
+    unsafe {
+        let mount = node::of_sb((*dentry).d_sb);
+        let error = bindings::simple_statfs(dentry, buf);
+        if error != 0 {
+            return error;
+        }
+        let (limit, used) = mount.usage();
+        bindings::thinram_statfs_set(buf, limit, limit.saturating_sub(used));
+    }
+    0
+}
+
+/// # Safety
+///
+/// Called by the kernel for /proc/mounts.
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_show_options(
+    seq: *mut bindings::seq_file,
+    root: *mut bindings::dentry,
+) -> c_int {
+    // SAFETY: A dentry of ours, and the kernel's seq_file.
+    let (mount, out) =
+        unsafe { (node::of_sb((*root).d_sb), kernel::seq_file::SeqFile::from_raw(seq)) };
+    let (limit, _) = mount.usage();
+    if limit != 0 {
+        kernel::seq_print!(out, ",size={}k", limit.saturating_mul(PAGE / 1024));
+    }
+    kernel::seq_print!(out, ",mode={:04o}", mount.mode);
+    if let Some(domain) = &mount.domain {
+        let mut text = KVec::new();
+        let copied = text
+            .extend_from_slice(domain, GFP_KERNEL)
+            .and_then(|()| text.push(0, GFP_KERNEL))
+            .is_ok();
+        if copied {
+            // SAFETY: The text ends with a zero byte; seq_show_option escapes what it must.
+            unsafe {
+                bindings::thinram_sb_option(seq, c"domain".as_char_ptr(), text.as_ptr().cast())
+            };
+        }
+    }
+    if !mount.defaults.share {
+        kernel::seq_print!(out, ",share=0");
+    }
+    if mount.defaults.scan_pages_per_sec != 0 {
+        kernel::seq_print!(out, ",scan_pages_per_sec={}", mount.defaults.scan_pages_per_sec);
+    }
+    0
+}

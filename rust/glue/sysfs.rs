@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! /sys/fs/thinram: one bare value a file. The names are a promise (docs/abi.md).
+
+use crate::{
+    engine::{
+        host::Host,
+        regroup::Change,
+        vm::{Vm, VmCounts},
+    },
+    logic::{
+        counts::pages_to_kb,
+        tunables::{self, BadValue, Knob, RunMode, ShareScope},
+    },
+    sys::{
+        bindings,
+        kobj::{self, Attribute, Attributes, Directory, Page, Parent},
+    },
+};
+use core::{
+    fmt::Write,
+    sync::atomic::{AtomicU64, Ordering},
+};
+use kernel::{
+    ffi::c_char,
+    prelude::*,
+    sync::Arc,
+};
+
+/// One file of a directory for `T`.
+struct File<T> {
+    show: fn(&T, &mut Page<'_>) -> Result,
+    store: Option<fn(&T, &[u8]) -> Result>,
+}
+
+fn refused(bad: BadValue) -> Error {
+    match bad {
+        BadValue::Invalid => EINVAL,
+        BadValue::Range => ERANGE,
+    }
+}
+
+fn knob(name: &str, bytes: &[u8]) -> Result<u64> {
+    Knob::find(name).ok_or(EINVAL)?.parse(bytes).map_err(refused)
+}
+
+fn line(page: &mut Page<'_>, value: impl core::fmt::Display) -> Result {
+    writeln!(page, "{value}").map_err(|_| ENOSPC)
+}
+
+fn load(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+/// Makes the table of a directory: `name: show` or `name: show, store`.
+macro_rules! files {
+    ($attributes:ident, $files:ident: $owner:ty;
+     $($name:literal: $show:expr $(, $store:expr)?;)*) => {
+        static $attributes: [Attribute; [$($name),*].len()] = [
+            $(Attribute::new(
+                match core::ffi::CStr::from_bytes_with_nul(concat!($name, "\0").as_bytes()) {
+                    Ok(name) => name,
+                    Err(_) => panic!("a name with a zero byte"),
+                },
+                files!(@writable $($store)?),
+            )),*
+        ];
+        static $files: &[File<$owner>] =
+            &[$(File { show: $show, store: files!(@store $($store)?) }),*];
+    };
+    (@writable $store:expr) => { true };
+    (@writable) => { false };
+    (@store $store:expr) => { Some($store) };
+    (@store) => { None };
+}
+
+/// A knob that is a plain number.
+macro_rules! number {
+    ($name:literal, $field:ident) => {
+        |host: &HostFiles, bytes: &[u8]| {
+            let value = knob($name, bytes)?;
+            host.0.knobs.$field.store(value, Ordering::Relaxed);
+            host.0.scanner_bell.ring();
+            Ok(())
+        }
+    };
+}
+
+/// The host, as sysfs shows it.
+pub(crate) struct HostFiles(Arc<Host>);
+
+files! {
+    HOST_ATTRIBUTES, HOST_FILES: HostFiles;
+    "run": |h, page| line(page, h.0.run_mode().index()),
+        |h, bytes| {
+            let mode = tunables::parse_u64(bytes, 0, 2).map_err(refused)?;
+            h.0.set_run_mode(RunMode::from_index(mode as usize).ok_or(EINVAL)?)
+        };
+    "scan_pages_per_sec": |h, page| line(page, load(&h.0.knobs.scan_pages_per_sec)),
+        number!("scan_pages_per_sec", scan_pages_per_sec);
+    "scan_period_secs": |h, page| line(page, load(&h.0.knobs.scan_period_secs)),
+        number!("scan_period_secs", scan_period_secs);
+    "scan_cpu_max_percent": |h, page| line(page, load(&h.0.knobs.scan_cpu_max_percent)),
+        number!("scan_cpu_max_percent", scan_cpu_max_percent);
+    "merge_across_nodes": |h, page| line(page, load(&h.0.knobs.merge_across_nodes)),
+        number!("merge_across_nodes", merge_across_nodes);
+    "max_page_sharing": |h, page| line(page, load(&h.0.knobs.max_page_sharing)),
+        number!("max_page_sharing", max_page_sharing);
+    "share_scope": |h, page| line(page, h.0.policy().share_scope.as_str()),
+        |h, bytes| {
+            let scope = ShareScope::parse(bytes).map_err(refused)?;
+            h.0.regroup(&Change::ShareScope(scope))
+        };
+    "zero_only": |h, page| line(page, u8::from(h.0.policy().zero_only)),
+        |h, bytes| {
+            let value = knob("zero_only", bytes)?;
+            h.0.policy().zero_only = value != 0;
+            h.0.scanner_bell.ring();
+            Ok(())
+        };
+    "pages_scanned": |h, page| line(page, load(&h.0.events.pages_scanned));
+    "pages_skipped": |h, page| line(page, load(&h.0.events.pages_skipped));
+    "full_scans": |h, page| line(page, load(&h.0.events.full_scans));
+    "pages_shared": |h, page| line(page, h.0.figures().pages_shared);
+    "pages_sharing": |h, page| line(page, h.0.figures().pages_sharing);
+    "pages_unshared": |h, page| line(page, h.0.totals().unshared);
+    "pages_volatile": |h, page| line(page, h.0.totals().volatile);
+    "zero_pages": |h, page| line(page, h.0.totals().zero);
+    "shared_frames_kb": |h, page| line(page, pages_to_kb(h.0.figures().pages_shared));
+    "saved_kb": |h, page| line(page, pages_to_kb(saved_pages(&h.0)));
+    "general_profit": |h, page| {
+        let saved = i128::from(saved_pages(&h.0)).saturating_mul(4096);
+        line(page, saved.saturating_sub(i128::from(h.0.metadata_bytes())))
+    };
+    "metadata_bytes": |h, page| line(page, h.0.metadata_bytes());
+    "cow_breaks": |h, page| line(page, load(&h.0.events.cow_breaks));
+    "protect_faults": |h, page| line(page, load(&h.0.events.protect_faults));
+    "scan_cpu_ms": |h, page| line(page, load(&h.0.events.scan_cpu_us) / 1000);
+    "scan_yields": |h, page| line(page, load(&h.0.events.scan_yields));
+    "waits_for_memory": |h, page| line(page, load(&h.0.events.waits_for_memory));
+    "merges_refused_pinned": |h, page| line(page, load(&h.0.refusals.pinned));
+    "merges_refused_differs": |h, page| line(page, load(&h.0.refusals.differs));
+    "merges_refused_full": |h, page| line(page, load(&h.0.refusals.full));
+    "merges_refused_busy": |h, page| line(page, load(&h.0.refusals.busy));
+    "merges_refused_no_memory": |h, page| line(page, load(&h.0.refusals.no_memory));
+    "merges_refused_nodes": |h, page| line(page, load(&h.0.refusals.nodes));
+    "merges_refused_no_hint": |h, page| line(page, load(&h.0.refusals.no_hint));
+    "merges_refused_poisoned": |h, page| line(page, load(&h.0.refusals.poisoned));
+}
+
+fn saved_pages(host: &Host) -> u64 {
+    host.figures().pages_sharing.saturating_add(host.totals().zero)
+}
+
+impl Attributes for HostFiles {
+    fn table() -> &'static [Attribute] {
+        &HOST_ATTRIBUTES
+    }
+    fn show(&self, index: usize, out: &mut Page<'_>) -> Result {
+        (HOST_FILES.get(index).ok_or(EIO)?.show)(self, out)
+    }
+    fn store(&self, index: usize, data: &[u8]) -> Result {
+        (HOST_FILES.get(index).and_then(|file| file.store).ok_or(EPERM)?)(self, data)
+    }
+}
+
+files! {
+    VM_ATTRIBUTES, VM_FILES: Vm;
+    "share": |vm, page| line(page, u8::from(vm.shares())),
+        |vm, bytes| {
+            let share = tunables::parse_u64(bytes, 0, 1).map_err(refused)? != 0;
+            change(vm, |host, vm| host.regroup(&Change::Share(vm, share)))
+        };
+    "domain": |vm, page| {
+            page.push(vm.domain().name())?;
+            page.push(b"\n")
+        },
+        |vm, bytes| {
+            let bytes = tunables::without_newline(bytes);
+            if !bytes.is_empty() {
+                tunables::parse_name(bytes).map_err(refused)?;
+            }
+            change(vm, |host, vm| {
+                if vm.domain().name() == bytes {
+                    return Ok(());
+                }
+                let domain = host.vms().domain(bytes)?;
+                host.regroup(&Change::Domain(vm, domain))
+            })
+        };
+    "scan_pages_per_sec": |vm, page| line(page, load(&vm.scan_pages_per_sec)),
+        |vm, bytes| {
+            let value = knob("scan_pages_per_sec", bytes)?;
+            vm.scan_pages_per_sec.store(value, Ordering::Relaxed);
+            change(vm, |host, _| { host.scanner_bell.ring(); Ok(()) })
+        };
+    "size_kb": |vm, page| line(page, vm.snapshot().pages.size_kb());
+    "resident_kb": |vm, page| line(page, vm.snapshot().pages.resident_kb(0));
+    "private_kb": |vm, page| line(page, vm.snapshot().pages.private_kb());
+    "shared_kb": |vm, page| line(page, vm.snapshot().pages.shared_kb());
+    "zero_kb": |vm, page| line(page, vm.snapshot().pages.zero_kb());
+    "huge_kb": |vm, page| line(page, vm.snapshot().pages.huge_kb());
+    "empty_kb": |vm, page| line(page, vm.snapshot().pages.empty_kb());
+    "compressed_kb": |vm, page| line(page, vm.snapshot().pages.compressed_kb());
+    "swapped_kb": |vm, page| line(page, vm.snapshot().pages.swapped_kb());
+    "stat": |vm, page| stat(vm, page);
+    "pages_unshared": |vm, page| line(page, vm.snapshot().unshared);
+    "pages_volatile": |vm, page| line(page, vm.snapshot().volatile);
+    "faults": |vm, page| line(page, load(&vm.events.faults));
+    "cow_breaks": |vm, page| line(page, load(&vm.events.cow_breaks));
+    "protect_faults": |vm, page| line(page, load(&vm.events.protect_faults));
+    "stall_us": |vm, page| line(page, load(&vm.events.stall_us));
+    "mappings": |vm, page| line(page, load(&vm.mappings));
+    "owner_pid": |vm, page| line(page, vm.owner_pid());
+}
+
+/// All states of a VM in one snapshot.
+fn stat(vm: &Vm, page: &mut Page<'_>) -> Result {
+    let VmCounts { pages, unshared, volatile } = vm.snapshot();
+    let mut row = |name: &str, value: u64| writeln!(page, "{name} {value}").map_err(|_| ENOSPC);
+    row("size_kb", pages.size_kb())?;
+    row("resident_kb", pages.resident_kb(0))?;
+    row("empty_kb", pages.empty_kb())?;
+    row("zero_kb", pages.zero_kb())?;
+    row("private_kb", pages.private_kb())?;
+    row("shared_kb", pages.shared_kb())?;
+    row("huge_kb", pages.huge_kb())?;
+    row("compressed_kb", pages.compressed_kb())?;
+    row("swapped_kb", pages.swapped_kb())?;
+    row("pages_unshared", unshared)?;
+    row("pages_volatile", volatile)
+}
+
+impl Attributes for Vm {
+    fn table() -> &'static [Attribute] {
+        &VM_ATTRIBUTES
+    }
+    fn show(&self, index: usize, out: &mut Page<'_>) -> Result {
+        (VM_FILES.get(index).ok_or(EIO)?.show)(self, out)
+    }
+    fn store(&self, index: usize, data: &[u8]) -> Result {
+        (VM_FILES.get(index).and_then(|file| file.store).ok_or(EPERM)?)(self, data)
+    }
+}
+
+/// The directory that holds the VMs' directories; it has no files.
+pub(crate) struct VmsFiles;
+
+impl Attributes for VmsFiles {
+    fn table() -> &'static [Attribute] {
+        &[]
+    }
+    fn show(&self, _index: usize, _out: &mut Page<'_>) -> Result {
+        Err(EIO)
+    }
+    fn store(&self, _index: usize, _data: &[u8]) -> Result {
+        Err(EIO)
+    }
+}
+
+/// /sys/fs/thinram and /sys/fs/thinram/vms. Dropping it removes both; no VM is left by then.
+pub(crate) struct Tree {
+    // Dropped in this order: children first.
+    vms: Directory<VmsFiles>,
+    host: Directory<HostFiles>,
+}
+
+kernel::sync::global_lock! {
+    // SAFETY: Initialized in `make_tree`, which the module's init calls before a VM can be made.
+    unsafe(uninit) static TREE: Mutex<Option<Tree>> = None;
+}
+
+/// Makes /sys/fs/thinram.
+///
+/// # Safety
+///
+/// Called once.
+pub(crate) unsafe fn make_tree(host: &Arc<Host>) -> Result {
+    // SAFETY: By the caller's promise.
+    unsafe { TREE.init() };
+    let files = Arc::new(HostFiles(host.clone()), GFP_KERNEL)?;
+    let host = Directory::create(Parent::<HostFiles>::Fs, b"thinram", files)?;
+    let vms = Directory::create(Parent::In(&host), b"vms", Arc::new(VmsFiles, GFP_KERNEL)?)?;
+    *TREE.lock() = Some(Tree { vms, host });
+    Ok(())
+}
+
+/// Removes /sys/fs/thinram.
+pub(crate) fn remove_tree() {
+    let tree = TREE.lock().take();
+    drop(tree);
+}
+
+/// Makes the directory of a VM.
+pub(crate) fn make_vm_directory(vm: &Arc<Vm>, name: &[u8]) -> Result<Directory<Vm>> {
+    let tree = TREE.lock();
+    let tree = tree.as_ref().ok_or(ENODEV)?;
+    Directory::create(Parent::In(&tree.vms), name, vm.clone())
+}
+
+/// Runs `f` on the host and the VM's own Arc.
+fn change(vm: &Vm, f: impl FnOnce(&Host, &Arc<Vm>) -> Result) -> Result {
+    let host = {
+        let tree = TREE.lock();
+        tree.as_ref().ok_or(ENODEV)?.host.data().0.clone()
+    };
+    let mut own = None;
+    host.vms().for_each(|other| {
+        if other.id() == vm.id() {
+            own = Some(other.clone());
+        }
+    });
+    f(&host, &own.ok_or(ENODEV)?)
+}
+
+/// # Safety
+///
+/// Called by sysfs, as are the two below.
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_sysfs_show(
+    kobj: *mut bindings::kobject,
+    attr: *mut bindings::attribute,
+    buf: *mut c_char,
+) -> isize {
+    // SAFETY: All of our kobjects are Directories.
+    super::length(unsafe { kobj::show(kobj, attr, buf.cast()) })
+}
+
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_sysfs_store(
+    kobj: *mut bindings::kobject,
+    attr: *mut bindings::attribute,
+    buf: *const c_char,
+    count: usize,
+) -> isize {
+    // SAFETY: As above.
+    super::length(unsafe { kobj::store(kobj, attr, buf.cast(), count) }.map(|()| count))
+}
+
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_sysfs_release(kobj: *mut bindings::kobject) {
+    // SAFETY: As above.
+    unsafe { kobj::release(kobj) }
+}

@@ -1,0 +1,418 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * One-line inlines and operation tables, nothing that decides. See helpers.h.
+ */
+#include <linux/kthread.h>
+#include <linux/module.h>
+#include <linux/pagemap.h>
+#include <linux/ratelimit.h>
+#include <linux/sched/signal.h>
+#include <linux/seq_file.h>
+#include <linux/xxhash.h>
+#include "helpers.h"
+
+/* Pages. Guest frames count against the cgroup of the task that faults; shared ones are the host's. */
+const gfp_t thinram_gfp_guest = GFP_HIGHUSER | __GFP_ACCOUNT | __GFP_NOWARN;
+const gfp_t thinram_gfp_guest_zeroed = GFP_HIGHUSER | __GFP_ACCOUNT | __GFP_NOWARN | __GFP_ZERO;
+const gfp_t thinram_gfp_shared = GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOWARN;
+
+struct page *thinram_page_alloc(gfp_t gfp, int nid)
+{
+	return alloc_pages_node(nid, gfp, 0);
+}
+
+struct page *thinram_page_alloc_vma(gfp_t gfp, struct vm_area_struct *vma, unsigned long addr)
+{
+	struct folio *folio = vma_alloc_folio(gfp, 0, vma, addr);
+
+	return folio ? &folio->page : NULL;
+}
+
+struct page *thinram_pfn_to_page(unsigned long pfn)
+{
+	return pfn_to_page(pfn);
+}
+
+unsigned long thinram_page_to_pfn(const struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+void *thinram_page_address(const struct page *page)
+{
+	return page_address(page);
+}
+
+int thinram_page_to_nid(const struct page *page)
+{
+	return page_to_nid(page);
+}
+
+void thinram_page_get(struct page *page)
+{
+	get_page(page);
+}
+
+void thinram_page_put(struct page *page)
+{
+	put_page(page);
+}
+
+int thinram_page_refcount(const struct page *page)
+{
+	return page_ref_count(page);
+}
+
+int thinram_page_mapcount(const struct page *page)
+{
+	return folio_mapcount(page_folio(page));
+}
+
+bool thinram_page_freeze(struct page *page, int refs)
+{
+	return folio_ref_freeze(page_folio(page), refs);
+}
+
+void thinram_page_unfreeze(struct page *page, int refs)
+{
+	folio_ref_unfreeze(page_folio(page), refs);
+}
+
+bool thinram_page_poisoned(const struct page *page)
+{
+	return PageHWPoison(page);
+}
+
+unsigned long thinram_page_private(const struct page *page)
+{
+	return page_private(page);
+}
+
+void thinram_page_set_private(struct page *page, unsigned long value)
+{
+	set_page_private(page, value);
+}
+
+unsigned long thinram_page_note(const struct page *page)
+{
+	return page_folio(page)->index;
+}
+
+void thinram_page_set_note(struct page *page, unsigned long value)
+{
+	page_folio(page)->index = value;
+}
+
+/* Tasks and time. */
+bool thinram_fatal_signal_pending(void)
+{
+	return fatal_signal_pending(current);
+}
+
+void thinram_cond_resched(void)
+{
+	cond_resched();
+}
+
+u64 thinram_thread_cpu_ns(void)
+{
+	return current->se.sum_exec_runtime;
+}
+
+bool thinram_ratelimit(void)
+{
+	static DEFINE_RATELIMIT_STATE(limit, 5 * HZ, 20);
+
+	return __ratelimit(&limit);
+}
+
+int thinram_owner_pid(void)
+{
+	return task_tgid_nr(current);
+}
+
+/* Mappings. */
+static const struct vm_operations_struct thinram_vm_ops = {
+	.open		= thinram_rs_open,
+	.close		= thinram_rs_close,
+	.mapped		= thinram_rs_mapped,
+	.fault		= thinram_rs_fault,
+	.page_mkwrite	= thinram_rs_page_mkwrite,
+};
+
+void thinram_release_fault_lock(struct vm_fault *vmf)
+{
+	release_fault_lock(vmf);
+}
+
+bool thinram_vma_shared(const struct vm_area_desc *desc)
+{
+	return vma_desc_test(desc, VMA_MAYSHARE_BIT);
+}
+
+void thinram_vma_prepare(struct vm_area_desc *desc)
+{
+	/* DONTEXPAND also keeps KSM, khugepaged, mlock, MGLRU and userfaultfd away. */
+	vma_desc_set_flags(desc, VMA_DONTEXPAND_BIT, VMA_DONTDUMP_BIT, VMA_DONTCOPY_BIT);
+	desc->vm_ops = &thinram_vm_ops;
+}
+
+struct inode *thinram_vma_inode(const struct vm_area_struct *vma)
+{
+	return file_inode(vma->vm_file);
+}
+
+/* The filesystem. */
+static int thinram_file_open(struct inode *inode, struct file *file)
+{
+	/* As tmpfs: O_DIRECT means nothing here, and is allowed. */
+	file->f_mode |= FMODE_CAN_ODIRECT;
+	return generic_file_open(inode, file);
+}
+
+static const struct file_operations thinram_file_ops = {
+	.owner		= THIS_MODULE,
+	.open		= thinram_file_open,
+	.llseek		= thinram_rs_llseek,
+	.read_iter	= thinram_rs_read_iter,
+	.write_iter	= thinram_rs_write_iter,
+	.fallocate	= thinram_rs_fallocate,
+	.mmap_prepare	= thinram_rs_mmap_prepare,
+	.fsync		= noop_fsync,
+	.splice_read	= copy_splice_read,
+	.splice_write	= iter_file_splice_write,
+};
+
+static const struct inode_operations thinram_file_inode_ops = {
+	.setattr	= thinram_rs_setattr,
+	.getattr	= thinram_rs_getattr,
+};
+
+static const struct inode_operations thinram_dir_inode_ops = {
+	.create		= thinram_rs_create,
+	.lookup		= simple_lookup,
+	.link		= thinram_rs_link,
+	.unlink		= simple_unlink,
+	.mkdir		= thinram_rs_mkdir,
+	.rmdir		= simple_rmdir,
+	.rename		= thinram_rs_rename,
+	.tmpfile	= thinram_rs_tmpfile,
+};
+
+static const struct address_space_operations thinram_aops = {
+	.dirty_folio	= noop_dirty_folio,
+};
+
+void thinram_inode_setup_file(struct inode *inode)
+{
+	inode->i_op = &thinram_file_inode_ops;
+	inode->i_fop = &thinram_file_ops;
+	inode->i_mapping->a_ops = &thinram_aops;
+	/* A trick: vma_migratable() takes __GFP_DMA for "not movable", so NUMA balancing stays off. */
+	mapping_set_gfp_mask(inode->i_mapping, GFP_USER | __GFP_DMA);
+	mapping_set_unevictable(inode->i_mapping);
+}
+
+void thinram_inode_setup_dir(struct inode *inode)
+{
+	inode->i_op = &thinram_dir_inode_ops;
+	inode->i_fop = &simple_dir_operations;
+	inc_nlink(inode);
+}
+
+void thinram_inode_stamp(struct inode *inode)
+{
+	inode_set_mtime_to_ts(inode, inode_set_ctime_current(inode));
+}
+
+void thinram_inode_lock(struct inode *inode)
+{
+	inode_lock(inode);
+}
+
+void thinram_inode_unlock(struct inode *inode)
+{
+	inode_unlock(inode);
+}
+
+loff_t thinram_i_size_read(const struct inode *inode)
+{
+	return i_size_read(inode);
+}
+
+void thinram_i_size_write(struct inode *inode, loff_t size)
+{
+	i_size_write(inode, size);
+}
+
+static const struct super_operations thinram_super_ops = {
+	.statfs		= thinram_rs_statfs,
+	.drop_inode	= inode_just_drop,
+	.evict_inode	= thinram_rs_evict_inode,
+	.show_options	= thinram_rs_show_options,
+};
+
+void thinram_sb_setup(struct super_block *sb)
+{
+	sb->s_op = &thinram_super_ops;
+	sb->s_d_flags = DCACHE_DONTCACHE;
+	sb->s_time_gran = 1;
+}
+
+/* The order is that of `Opt` in rust/glue/mount.rs. */
+enum { OPT_SIZE, OPT_MODE, OPT_UID, OPT_GID, OPT_DOMAIN, OPT_SHARE, OPT_SCAN_PAGES };
+
+static const struct fs_parameter_spec thinram_parameters[] = {
+	fsparam_string("size", OPT_SIZE),
+	fsparam_u32oct("mode", OPT_MODE),
+	fsparam_uid("uid", OPT_UID),
+	fsparam_gid("gid", OPT_GID),
+	fsparam_string("domain", OPT_DOMAIN),
+	fsparam_bool("share", OPT_SHARE),
+	fsparam_u64("scan_pages_per_sec", OPT_SCAN_PAGES),
+	{}
+};
+
+int thinram_fs_parse(struct fs_context *fc, struct fs_parameter *param,
+		     struct fs_parse_result *result)
+{
+	return fs_parse(fc, thinram_parameters, param, result);
+}
+
+u32 thinram_result_u32(const struct fs_parse_result *result)
+{
+	return result->uint_32;
+}
+
+u64 thinram_result_u64(const struct fs_parse_result *result)
+{
+	return result->uint_64;
+}
+
+bool thinram_result_bool(const struct fs_parse_result *result)
+{
+	return result->boolean;
+}
+
+kuid_t thinram_result_uid(const struct fs_parse_result *result)
+{
+	return result->uid;
+}
+
+kgid_t thinram_result_gid(const struct fs_parse_result *result)
+{
+	return result->gid;
+}
+
+void *thinram_fc_options(const struct fs_context *fc)
+{
+	return fc->fs_private;
+}
+
+struct super_block *thinram_fc_super(const struct fs_context *fc)
+{
+	return fc->root->d_sb;
+}
+
+void thinram_fc_error(struct fs_context *fc, const char *what)
+{
+	errorf(fc, "thinram: %s", what);
+}
+
+const char *thinram_param_string(const struct fs_parameter *param)
+{
+	return param->type == fs_value_is_string ? param->string : NULL;
+}
+
+const unsigned char *thinram_dentry_name(const struct dentry *dentry)
+{
+	return dentry->d_name.name;
+}
+
+unsigned int thinram_dentry_name_len(const struct dentry *dentry)
+{
+	return dentry->d_name.len;
+}
+
+bool thinram_is_dir(const struct inode *inode)
+{
+	return S_ISDIR(inode->i_mode);
+}
+
+struct inode *thinram_file_inode(const struct file *file)
+{
+	return file_inode(file);
+}
+
+size_t thinram_iter_count(const struct iov_iter *iter)
+{
+	return iov_iter_count(iter);
+}
+
+int thinram_finish_tmpfile(struct file *file, int error)
+{
+	return finish_open_simple(file, error);
+}
+
+void thinram_statfs_set(struct kstatfs *buf, u64 blocks, u64 free)
+{
+	buf->f_blocks = blocks;
+	buf->f_bfree = buf->f_bavail = free;
+}
+
+void thinram_sb_option(struct seq_file *m, const char *name, const char *value)
+{
+	seq_show_option(m, name, value);
+}
+
+static const struct fs_context_operations thinram_context_ops = {
+	.free		= thinram_rs_free_fc,
+	.parse_param	= thinram_rs_parse_param,
+	.get_tree	= thinram_rs_get_tree,
+	.reconfigure	= thinram_rs_reconfigure,
+};
+
+void thinram_fc_setup(struct fs_context *fc, void *options)
+{
+	fc->fs_private = options;
+	fc->ops = &thinram_context_ops;
+}
+
+static struct file_system_type thinram_fs_type = {
+	.owner			= THIS_MODULE,
+	.name			= "thinram",
+	.init_fs_context	= thinram_rs_init_fs_context,
+	.parameters		= thinram_parameters,
+	.kill_sb		= thinram_rs_kill_sb,
+};
+
+int thinram_register_fs(void)
+{
+	return register_filesystem(&thinram_fs_type);
+}
+
+void thinram_unregister_fs(void)
+{
+	unregister_filesystem(&thinram_fs_type);
+}
+
+/* sysfs. */
+static const struct sysfs_ops thinram_sysfs_ops = {
+	.show	= thinram_rs_sysfs_show,
+	.store	= thinram_rs_sysfs_store,
+};
+
+static const struct kobj_type thinram_ktype = {
+	.sysfs_ops	= &thinram_sysfs_ops,
+	.release	= thinram_rs_sysfs_release,
+};
+
+struct kobject *thinram_fs_kobj(void)
+{
+	return fs_kobj;
+}
+
+int thinram_kobject_add(struct kobject *kobj, struct kobject *parent, const char *name)
+{
+	return kobject_init_and_add(kobj, &thinram_ktype, parent, "%s", name);
+}

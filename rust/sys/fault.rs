@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A page fault as the kernel hands it over.
+
+use super::{
+    bindings,
+    page::{Frame, PageRef, Purpose},
+    protect,
+};
+use core::ptr::NonNull;
+
+/// How a fault was answered.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Answer {
+    /// The page table has what is needed, or the access comes again.
+    Done,
+    /// The fault lock was dropped; the access comes again.
+    Retry,
+    /// Beyond the end of the file, or of a file that is gone.
+    BusError,
+    /// The memory behind the page is broken.
+    Poisoned,
+}
+
+impl Answer {
+    /// As the kernel's VM_FAULT code.
+    pub(crate) fn code(self) -> bindings::vm_fault_t {
+        match self {
+            Answer::Done => bindings::vm_fault_reason_VM_FAULT_NOPAGE,
+            Answer::Retry => bindings::vm_fault_reason_VM_FAULT_RETRY,
+            Answer::BusError => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
+            Answer::Poisoned => bindings::vm_fault_reason_VM_FAULT_HWPOISON,
+        }
+    }
+}
+
+/// The page tables could not be allocated.
+#[derive(Debug)]
+pub(crate) struct NoPageTable;
+
+/// A fault in the handler of `fault` or `page_mkwrite`.
+///
+/// # Invariants
+///
+/// The pointer is the kernel's `struct vm_fault` of the fault that the current task is in, and its
+/// fault lock (mmap_lock or VMA lock) is held.
+pub(crate) struct Fault(NonNull<bindings::vm_fault>);
+
+impl Fault {
+    /// Wraps what the kernel passed to a handler.
+    ///
+    /// # Safety
+    ///
+    /// As the type's invariant says, for as long as the value lives.
+    pub(crate) unsafe fn from_raw(vmf: NonNull<bindings::vm_fault>) -> Fault {
+        Fault(vmf)
+    }
+
+    fn raw(&self) -> &bindings::vm_fault {
+        // SAFETY: By the type's invariant.
+        unsafe { self.0.as_ref() }
+    }
+
+    fn flags(&self) -> u32 {
+        self.raw().flags
+    }
+
+    fn place(&self) -> &bindings::vm_fault__bindgen_ty_1 {
+        &self.raw().__bindgen_anon_1
+    }
+
+    /// The faulting page's number in the file.
+    pub(crate) fn page_number(&self) -> u64 {
+        self.place().pgoff as u64
+    }
+
+    /// Whether the access is a write.
+    pub(crate) fn is_write(&self) -> bool {
+        self.flags() & bindings::fault_flag_FAULT_FLAG_WRITE != 0
+    }
+
+    /// Whether the handler may drop the fault lock to wait.
+    fn may_drop_lock(&self) -> bool {
+        self.flags() & bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY != 0
+            && self.flags() & bindings::fault_flag_FAULT_FLAG_RETRY_NOWAIT == 0
+    }
+
+    /// Allocates a frame by the policy of the mapping that faulted.
+    pub(crate) fn alloc(&self, purpose: Purpose) -> Option<Frame> {
+        // SAFETY: The mapping is valid while the fault lock is held.
+        let page = unsafe {
+            bindings::thinram_page_alloc_vma(purpose.gfp(), self.place().vma, self.place().address)
+        };
+        // SAFETY: A fresh order-0 page whose only reference is ours.
+        NonNull::new(page).map(|page| unsafe { Frame::from_page(page) })
+    }
+
+    /// Maps `page`: writable if `writable` and the mapping allows it, else read-only.
+    ///
+    /// The caller holds the region lock and knows that no other page is mapped here.
+    pub(crate) fn map(&self, page: PageRef<'_>, writable: bool) -> Result<Answer, NoPageTable> {
+        // SAFETY: By the type's invariant; the page is alive.
+        let code = unsafe {
+            bindings::vmf_insert_page_mkwrite(self.0.as_ptr(), page.as_ptr(), writable)
+        };
+        match code {
+            bindings::vm_fault_reason_VM_FAULT_NOPAGE => Ok(Answer::Done),
+            bindings::vm_fault_reason_VM_FAULT_OOM => Err(NoPageTable),
+            _ => Ok(Answer::BusError),
+        }
+    }
+
+    /// Maps a page that must not be written through this mapping.
+    pub(crate) fn map_shared(&self, page: PageRef<'_>) -> Result<Answer, NoPageTable> {
+        self.map(page, !protect::armed(protect::Protection::ReadOnly))
+    }
+
+    /// The page whose read-only mapping is being written to (`page_mkwrite` only).
+    pub(crate) fn written_pfn(&self) -> Option<u64> {
+        let page = NonNull::new(self.raw().page)?;
+        // SAFETY: The kernel holds a reference to it during page_mkwrite.
+        Some(unsafe { bindings::thinram_page_to_pfn(page.as_ptr()) as u64 })
+    }
+
+    /// Waits a moment for memory, with the fault lock dropped where that is allowed.
+    pub(crate) fn wait_for_memory(self) -> Answer {
+        const WAIT_US: u64 = 10_000;
+        if self.may_drop_lock() {
+            // SAFETY: The lock is held by the type's invariant; `self` ends here.
+            unsafe { bindings::thinram_release_fault_lock(self.0.as_ptr()) };
+            super::task::sleep_killable(WAIT_US);
+            Answer::Retry
+        } else {
+            super::task::sleep_killable(WAIT_US);
+            Answer::Done
+        }
+    }
+}

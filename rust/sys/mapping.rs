@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is done to all mappings of a file at once.
+
+use super::{bindings, protect};
+use core::ptr::NonNull;
+
+/// The mappings of one file.
+///
+/// # Invariants
+///
+/// The pointer is good for as long as the value exists: it is kept only inside regions and dropped
+/// from them, under their locks, before the inode goes (`engine::region::Region::retire`).
+pub(crate) struct Mapping(NonNull<bindings::address_space>);
+
+// SAFETY: The functions below may be called from any thread.
+unsafe impl Send for Mapping {}
+// SAFETY: As above; the address space has its own locks.
+unsafe impl Sync for Mapping {}
+
+/// Where the mappings of a file's regions come from.
+pub(crate) struct MappingSource(NonNull<bindings::address_space>);
+
+// SAFETY: Holds a pointer that only `mapping` hands on.
+unsafe impl Send for MappingSource {}
+// SAFETY: As above.
+unsafe impl Sync for MappingSource {}
+
+impl MappingSource {
+    /// The mappings of `inode`.
+    ///
+    /// # Safety
+    ///
+    /// The source is not used, and every [`Mapping`] from it is dropped, before `inode` is freed.
+    pub(crate) unsafe fn of_inode(inode: NonNull<bindings::inode>) -> Option<MappingSource> {
+        // SAFETY: The caller holds the inode.
+        NonNull::new(unsafe { (*inode.as_ptr()).i_mapping }).map(MappingSource)
+    }
+
+    /// For one more region.
+    pub(crate) fn mapping(&self) -> Mapping {
+        // INVARIANT: by the promise made to `of_inode`.
+        Mapping(self.0)
+    }
+}
+
+impl Mapping {
+    /// Takes `pages` pages from `first` on out of every page table, KVM's included.
+    #[inline]
+    pub(crate) fn zap(&self, first: u64, pages: u64) {
+        if protect::armed(protect::Protection::Zap) {
+            // SAFETY: By the type's invariant. May sleep; the caller holds a region lock (a mutex)
+            // and no spinlock.
+            unsafe {
+                bindings::unmap_mapping_pages(self.0.as_ptr(), first as usize, pages as usize, false)
+            }
+        }
+    }
+
+    /// The same for a range whose content is being thrown away.
+    pub(crate) fn zap_punched(&self, first: u64, pages: u64) {
+        if protect::armed(protect::Protection::PunchZap) {
+            self.zap(first, pages);
+        }
+    }
+
+    /// Makes every mapping of the range read-only and clean, so that the next write is a fault.
+    ///
+    /// The second walk is needed because mprotect() makes a dirty entry writable without a fault.
+    pub(crate) fn write_protect(&self, first: u64, pages: u64) {
+        let (first, pages) = (first as usize, pages as usize);
+        let (mut start, mut end) = (pages, 0);
+        let mut dirty = [0usize; super::slots::SLOTS / usize::BITS as usize];
+        // SAFETY: By the type's invariant; the region is Small, so no writable huge entry is met.
+        // The bitmap has a bit for each page of a region, more is never asked for.
+        unsafe {
+            bindings::wp_shared_mapping_range(self.0.as_ptr(), first, pages);
+            bindings::clean_record_shared_mapping_range(
+                self.0.as_ptr(),
+                first,
+                pages.min(super::slots::SLOTS),
+                first,
+                dirty.as_mut_ptr(),
+                &mut start,
+                &mut end,
+            );
+        }
+    }
+}

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Thin safe faces of what the kernel offers: the only home of bindings, and with `glue` the only
+//! home of `unsafe`. Nothing here decides anything.
+
+pub(crate) mod bindings;
+pub(crate) mod clock;
+pub(crate) mod fault;
+pub(crate) mod frames;
+pub(crate) mod hash;
+pub(crate) mod kobj;
+pub(crate) mod mapping;
+pub(crate) mod page;
+pub(crate) mod protect;
+pub(crate) mod slots;
+pub(crate) mod task;

@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Frames (order-0 pages that we own a reference of) and the freeze protocol.
+//!
+//! A frame that the slots own has one reference of ours, and one more for each page-table entry that
+//! maps it. Freezing takes the count from exactly one to zero: it succeeds only when nobody else, no
+//! mapping, no pin and no reader, holds the page, and nobody can get hold of it until it is unfrozen.
+
+use super::{bindings, protect};
+use core::{marker::PhantomData, ptr::NonNull};
+use kernel::{ffi::c_void, page::PAGE_SIZE};
+
+/// What a frame is for, which decides who is charged and how hard the allocator tries.
+#[derive(Clone, Copy, Eq, PartialEq)]
+pub(crate) enum Purpose {
+    /// A guest's own page, about to be overwritten whole; charged to the faulting task's cgroup.
+    Guest,
+    /// The same, zeroed.
+    GuestZeroed,
+    /// A frame that several share: the host's.
+    Shared,
+}
+
+impl Purpose {
+    pub(super) fn gfp(self) -> bindings::gfp_t {
+        // SAFETY: Constants of helpers.c, never written.
+        unsafe {
+            match self {
+                Purpose::Guest => bindings::thinram_gfp_guest,
+                Purpose::GuestZeroed => bindings::thinram_gfp_guest_zeroed,
+                Purpose::Shared => bindings::thinram_gfp_shared,
+            }
+        }
+    }
+}
+
+/// One reference to an order-0 page; dropping it puts the reference.
+pub(crate) struct Frame(NonNull<bindings::page>);
+
+// SAFETY: A page reference belongs to no task and no CPU.
+unsafe impl Send for Frame {}
+// SAFETY: `&Frame` only gives out `PageRef`s, whose methods may be called from any thread.
+unsafe impl Sync for Frame {}
+
+impl Frame {
+    /// Allocates a page near `node` (negative: anywhere near).
+    pub(crate) fn alloc(purpose: Purpose, node: i32) -> Option<Frame> {
+        // SAFETY: May sleep; callers hold no spinlock.
+        NonNull::new(unsafe { bindings::thinram_page_alloc(purpose.gfp(), node) }).map(Frame)
+    }
+
+    /// Takes over a reference that the caller owns.
+    ///
+    /// # Safety
+    ///
+    /// `page` is an order-0 page and the caller owns a reference, which passes to the frame.
+    pub(super) unsafe fn from_page(page: NonNull<bindings::page>) -> Frame {
+        Frame(page)
+    }
+
+    /// Gives the reference away as a frame number.
+    pub(super) fn into_pfn(self) -> u64 {
+        let pfn = self.as_ref().pfn();
+        core::mem::forget(self);
+        pfn
+    }
+
+    /// The reverse of [`Frame::into_pfn`].
+    ///
+    /// # Safety
+    ///
+    /// `pfn` came from [`Frame::into_pfn`] and is turned back only once.
+    pub(super) unsafe fn from_pfn(pfn: u64) -> Frame {
+        // SAFETY: A frame number that a frame gave out has a struct page.
+        let page = unsafe { bindings::thinram_pfn_to_page(pfn as usize) };
+        // SAFETY: pfn_to_page of a valid frame number is never null.
+        Frame(unsafe { NonNull::new_unchecked(page) })
+    }
+
+    /// The page, for as long as the frame is borrowed.
+    #[inline]
+    pub(crate) fn as_ref(&self) -> PageRef<'_> {
+        PageRef(self.0, PhantomData)
+    }
+
+    /// Zeroes the whole frame.
+    pub(crate) fn clear(&mut self) {
+        self.as_ref().zero_range(0, PAGE_SIZE);
+    }
+
+    /// Copies the whole content of `from`.
+    pub(crate) fn copy_from(&mut self, from: PageRef<'_>) -> Result<(), PoisonedMemory> {
+        copy_page(self.0, from)
+    }
+
+    /// The content hash that a shared frame was published under.
+    pub(crate) fn set_label(&mut self, label: Label) {
+        // SAFETY: We own the page; `private` and `index` of a page that is in no page cache and on
+        // no LRU list are the owner's to use.
+        unsafe {
+            bindings::thinram_page_set_private(self.0.as_ptr(), label.hash as usize);
+            bindings::thinram_page_set_note(self.0.as_ptr(), label.scope as usize);
+        }
+    }
+}
+
+impl Drop for Frame {
+    fn drop(&mut self) {
+        // SAFETY: We own one reference.
+        unsafe { bindings::thinram_page_put(self.0.as_ptr()) }
+    }
+}
+
+/// The memory controller reported an uncorrectable error while the page was read.
+#[derive(Debug)]
+pub(crate) struct PoisonedMemory;
+
+fn copy_page(to: NonNull<bindings::page>, from: PageRef<'_>) -> Result<(), PoisonedMemory> {
+    // SAFETY: Both pages are in the direct map, PAGE_SIZE long and distinct: `to` is a frame that
+    // the caller owns alone.
+    let left = unsafe {
+        bindings::copy_mc_to_kernel(
+            bindings::thinram_page_address(to.as_ptr()),
+            from.address(),
+            PAGE_SIZE as u32,
+        )
+    };
+    if left == 0 {
+        Ok(())
+    } else {
+        Err(PoisonedMemory)
+    }
+}
+
+/// What a shared frame keeps in its own struct page, so that it costs no memory.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Label {
+    /// The content hash.
+    pub(crate) hash: u64,
+    /// The sharing scope.
+    pub(crate) scope: u32,
+}
+
+/// A page that somebody keeps alive for `'a`.
+#[derive(Clone, Copy)]
+pub(crate) struct PageRef<'a>(NonNull<bindings::page>, PhantomData<&'a Frame>);
+
+impl<'a> PageRef<'a> {
+    /// The page behind a frame number.
+    ///
+    /// # Safety
+    ///
+    /// `pfn` came from [`Frame::into_pfn`] and its reference outlives `'a`.
+    pub(super) unsafe fn from_pfn(pfn: u64) -> PageRef<'a> {
+        // SAFETY: As in `Frame::from_pfn`.
+        let page = unsafe { NonNull::new_unchecked(bindings::thinram_pfn_to_page(pfn as usize)) };
+        PageRef(page, PhantomData)
+    }
+
+    #[inline]
+    pub(super) fn as_ptr(self) -> *mut bindings::page {
+        self.0.as_ptr()
+    }
+
+    /// Start of the page in the direct map.
+    #[inline]
+    pub(super) fn address(self) -> *mut c_void {
+        // SAFETY: The page is alive; x86_64 and 64-bit UML map all of memory.
+        unsafe { bindings::thinram_page_address(self.0.as_ptr()) }
+    }
+
+    /// The frame number.
+    #[inline]
+    pub(crate) fn pfn(self) -> u64 {
+        // SAFETY: The page is alive.
+        unsafe { bindings::thinram_page_to_pfn(self.0.as_ptr()) as u64 }
+    }
+
+    /// The NUMA node.
+    pub(crate) fn node(self) -> i32 {
+        // SAFETY: The page is alive.
+        unsafe { bindings::thinram_page_to_nid(self.0.as_ptr()) }
+    }
+
+    /// One more reference, for use after the slot's lock was dropped.
+    pub(crate) fn get(self) -> Frame {
+        // SAFETY: The page is alive and not frozen: freezing needs the lock under which `self` was
+        // borrowed.
+        unsafe { bindings::thinram_page_get(self.0.as_ptr()) };
+        Frame(self.0)
+    }
+
+    /// Whether memory_failure() marked the page.
+    pub(crate) fn is_poisoned(self) -> bool {
+        // SAFETY: The page is alive.
+        unsafe { bindings::thinram_page_poisoned(self.0.as_ptr()) }
+    }
+
+    /// Whether nobody but page tables and one owner holds the page: no pin that could still write.
+    pub(crate) fn is_unpinned(self) -> bool {
+        // SAFETY: The page is alive. The order of the reads does not matter: every mapping is
+        // read-only by now, so a count can only be found too high.
+        unsafe {
+            let mapped = bindings::thinram_page_mapcount(self.0.as_ptr());
+            bindings::thinram_page_refcount(self.0.as_ptr()) == mapped.saturating_add(1)
+        }
+    }
+
+    /// Freezes a page of which we hold the only reference; `None` when anybody else holds one.
+    pub(crate) fn freeze(self) -> Option<Frozen<'a>> {
+        // SAFETY: The page is alive.
+        if unsafe { bindings::thinram_page_freeze(self.0.as_ptr(), 1) } {
+            Some(Frozen { page: self, real: true })
+        } else if !protect::armed(protect::Protection::Freeze) {
+            Some(Frozen { page: self, real: false })
+        } else {
+            None
+        }
+    }
+
+    /// Whether all bytes are zero.
+    pub(crate) fn is_zero(self) -> bool {
+        // SAFETY: The page is in the direct map and PAGE_SIZE long.
+        unsafe { bindings::memchr_inv(self.address(), 0, PAGE_SIZE).is_null() }
+    }
+
+    /// Whether both pages hold the same bytes.
+    pub(crate) fn same_content(self, other: PageRef<'_>) -> bool {
+        // SAFETY: Both pages are in the direct map and PAGE_SIZE long.
+        unsafe { bindings::memcmp(self.address(), other.address(), PAGE_SIZE) == 0 }
+    }
+
+    /// The label of a shared frame; meaningless for any other.
+    pub(crate) fn label(self) -> Label {
+        // SAFETY: The page is alive.
+        unsafe {
+            Label {
+                hash: bindings::thinram_page_private(self.0.as_ptr()) as u64,
+                scope: bindings::thinram_page_note(self.0.as_ptr()) as u32,
+            }
+        }
+    }
+
+    /// Writes zeroes from `from` to `to` (bytes within the page).
+    pub(crate) fn zero_range(self, from: usize, to: usize) {
+        let to = to.min(PAGE_SIZE);
+        if from >= to {
+            return;
+        }
+        // SAFETY: The range lies within the page, which is in the direct map. Guests that write the
+        // same bytes meanwhile see one or the other, as with any file.
+        unsafe { core::ptr::write_bytes(self.address().cast::<u8>().add(from), 0, to - from) };
+    }
+}
+
+/// A page that nobody else can reach: its bytes cannot change. Unfreezes when dropped.
+///
+/// # Invariants
+///
+/// While `real`, the page's reference count is zero and one reference is ours to give back.
+pub(crate) struct Frozen<'a> {
+    page: PageRef<'a>,
+    real: bool,
+}
+
+impl<'a> Frozen<'a> {
+    /// The page; what is read through it stays true until the thaw.
+    pub(crate) fn page(&self) -> PageRef<'a> {
+        self.page
+    }
+
+    /// Whether the frozen page is all zero.
+    pub(crate) fn is_zero(&self) -> bool {
+        !protect::armed(protect::Protection::Compare) || self.page.is_zero()
+    }
+
+    /// Whether the frozen page equals `other`, which must be frozen or immutable.
+    pub(crate) fn equals(&self, other: PageRef<'_>) -> bool {
+        !protect::armed(protect::Protection::Compare) || self.page.same_content(other)
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        if self.real {
+            // SAFETY: By the invariant the count is zero and was one before.
+            unsafe { bindings::thinram_page_unfreeze(self.page.as_ptr(), 1) }
+        }
+    }
+}
+
+/// Copies between a page and what a syscall brought. The caller keeps the page with a reference, so
+/// that it is not frozen meanwhile, and holds no region lock: user memory may fault.
+impl PageRef<'_> {
+    /// To user memory; returns the bytes that were copied.
+    pub(crate) fn copy_to_iter(
+        self,
+        offset: usize,
+        bytes: usize,
+        to: *mut bindings::iov_iter,
+    ) -> usize {
+        // SAFETY: The range lies within the page, as the callers in glue compute it; `to` is the
+        // kernel's iterator of the running syscall.
+        unsafe { bindings::copy_page_to_iter(self.as_ptr(), offset, bytes, to) }
+    }
+
+    /// From user memory; returns the bytes that were copied.
+    pub(crate) fn copy_from_iter(
+        self,
+        offset: usize,
+        bytes: usize,
+        from: *mut bindings::iov_iter,
+    ) -> usize {
+        // SAFETY: As above.
+        unsafe { bindings::copy_page_from_iter(self.as_ptr(), offset, bytes, from) }
+    }
+}

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The protections that keep a guest's bytes its own, by name. A debug build (`THINRAM_DEBUG=y`) can
+//! take each one out, to show that a test notices; any other build has no such switch, and `armed`
+//! is the constant `true`.
+
+/// A protection that a test must miss when it is gone.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(usize)]
+pub(crate) enum Protection {
+    /// Zap the mappings before a page is frozen and replaced.
+    Zap,
+    /// Freeze the reference count: no pin may write to a page that is being replaced.
+    Freeze,
+    /// Compare all bytes under freeze; never trust the hash.
+    Compare,
+    /// Map shared and zero frames read-only.
+    ReadOnly,
+    /// Zap a punched range before its frames are freed.
+    PunchZap,
+}
+
+#[cfg(thinram_debug)]
+/// All of them, with the names of their switches in debugfs.
+pub(crate) const ALL: [(Protection, &kernel::str::CStr); 5] = [
+    (Protection::Zap, c"break_zap"),
+    (Protection::Freeze, c"break_freeze"),
+    (Protection::Compare, c"break_compare"),
+    (Protection::ReadOnly, c"break_read_only"),
+    (Protection::PunchZap, c"break_punch_zap"),
+];
+
+#[cfg(not(thinram_debug))]
+#[inline(always)]
+pub(crate) const fn armed(_protection: Protection) -> bool {
+    true
+}
+
+#[cfg(thinram_debug)]
+pub(crate) use switched::{armed, switch};
+
+#[cfg(thinram_debug)]
+mod switched {
+    use super::{Protection, ALL};
+    use core::sync::atomic::{AtomicBool, Ordering};
+
+    static BROKEN: [AtomicBool; ALL.len()] = [const { AtomicBool::new(false) }; ALL.len()];
+
+    /// The switch of one protection: true = taken out.
+    pub(crate) fn switch(protection: Protection) -> &'static AtomicBool {
+        &BROKEN[protection as usize]
+    }
+
+    /// Whether the protection is in place.
+    pub(crate) fn armed(protection: Protection) -> bool {
+        !switch(protection).load(Ordering::Relaxed)
+    }
+}

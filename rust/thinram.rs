@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! ThinRAM: thin-provisioned RAM for KVM guests.
+//!
+//! A file system whose files are guest memory. The module owns the pages, so it can share them one
+//! by one while the guests run. Floors, from the top, and no arrow runs up: this file, `glue` (what
+//! the kernel calls), `engine` (locks and policy), `logic` (pure) and `sys` (thin wrappers).
+
+use kernel::{prelude::*, sync::Arc};
+
+mod engine;
+mod glue;
+// Public for the host crate that the same files build as.
+#[allow(unreachable_pub)]
+mod logic;
+mod sys;
+
+use engine::{host::Host, scan::Scanner};
+use sys::task::Thread;
+
+module! {
+    type: ThinRam,
+    name: "thinram",
+    authors: ["The ThinRAM developers"],
+    description: "Thin-provisioned RAM for KVM guests",
+    license: "GPL",
+    alias: ["fs-thinram"],
+}
+
+/// The loaded module. Fields are dropped in this order: first what others can see, then what works,
+/// then what they work on.
+struct ThinRam {
+    _fs: Registration,
+    _debug: Pin<KBox<glue::debug::DebugFiles>>,
+    _scanner: Thread<Scanner>,
+    _sysfs: SysfsTree,
+    _host: HostReference,
+}
+
+/// The file system, known to the kernel.
+struct Registration;
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        glue::fs::unregister();
+    }
+}
+
+/// /sys/fs/thinram.
+struct SysfsTree;
+
+impl Drop for SysfsTree {
+    fn drop(&mut self) {
+        glue::sysfs::remove_tree();
+    }
+}
+
+/// The host, as `glue` knows it.
+struct HostReference;
+
+impl Drop for HostReference {
+    fn drop(&mut self) {
+        glue::mount::forget_host();
+    }
+}
+
+impl kernel::Module for ThinRam {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        let host = Host::new()?;
+        glue::start(&host)?;
+        let reference = HostReference;
+        let sysfs = SysfsTree;
+        let work = Arc::new(Scanner(host.clone()), GFP_KERNEL)?;
+        let scanner = Thread::start(c"thinramd", work)?;
+        let debug = glue::debug::DebugFiles::new(host)?;
+        glue::fs::register()?;
+        pr_info!("loaded; mount -t thinram -o domain=NAME thinram DIR\n");
+        Ok(ThinRam {
+            _fs: Registration,
+            _debug: debug,
+            _scanner: scanner,
+            _sysfs: sysfs,
+            _host: reference,
+        })
+    }
+}
