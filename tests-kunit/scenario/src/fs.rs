@@ -769,21 +769,29 @@ fn hard_link(ctx: &Ctx) -> Result<()> {
     let guest = mount.guest("web", 2)?;
     guest.fill(0, 2, 1);
     let second = mount.at("web/second");
-    let linked = fs::hard_link(&guest.path, &second);
-    if ctx.is_thinram() {
-        // A file belongs to one VM by one name; link(2) is refused as on FAT (docs/limits.md).
-        fails("hard link", linked, Errno::EPERM)?;
-        that("no name was made", !second.exists())?;
-        eq("links", guest.file.metadata()?.nlink(), 1)?;
-        return guest.holds(0, 2, 1);
-    }
-    linked?;
+    fs::hard_link(&guest.path, &second)?;
     eq("links", guest.file.metadata()?.nlink(), 2)?;
     fs::remove_file(&guest.path)?;
     let mut seen = vec![0; PAGE];
     File::open(&second)?.read_exact_at(&mut seen, 0)?;
     bytes_are("page by the second name", &seen, &page_bytes(1))?;
-    eq("links", guest.file.metadata()?.nlink(), 1)
+    eq("links", guest.file.metadata()?.nlink(), 1)?;
+    if ctx.is_thinram() {
+        // A file has one VM.
+        mount.file("db", "ram", 1)?;
+        fails(
+            "a link in another VM",
+            fs::hard_link(&second, mount.at("db/x")),
+            Errno::EXDEV,
+        )?;
+        fails(
+            "a link in the root",
+            fs::hard_link(&second, mount.at("x")),
+            Errno::EXDEV,
+        )?;
+        ctx.expect_used("after the refusals", &mount, "web", 8)?;
+    }
+    Ok(())
 }
 
 fn symbolic_link(ctx: &Ctx) -> Result<()> {
@@ -793,6 +801,7 @@ fn symbolic_link(ctx: &Ctx) -> Result<()> {
     let link = mount.at("web/link");
     let linked = symlink("ram", &link);
     if ctx.is_thinram() {
+        // Guest RAM has no use for them (docs/limits.md).
         fails("symbolic link", linked, Errno::EPERM)?;
         return that("no name was made", fs::symlink_metadata(&link).is_err());
     }
@@ -1184,10 +1193,19 @@ fn statfs(ctx: &Ctx) -> Result<()> {
         (8 << 20) - 64 * PAGE as u64,
     )?;
     sys::punch(&file, 0, 32 * PAGE as u64)?;
+    // On ThinRAM a file's length is a promise that a guest can use it all; on tmpfs it is none.
+    let left = if ctx.is_thinram() { 64 } else { 32 };
     eq(
         "free after a hole of 32 pages",
         seen()?.1,
-        (8 << 20) - 32 * PAGE as u64,
+        (8 << 20) - left * PAGE as u64,
+    )?;
+    file.set_len(48 * PAGE as u64)?;
+    let left = if ctx.is_thinram() { 48 } else { 16 };
+    eq(
+        "free after the cut to 48 pages",
+        seen()?.1,
+        (8 << 20) - left * PAGE as u64,
     )?;
     drop(file);
     fs::remove_file(mount.at("web/ram"))?;
@@ -1553,14 +1571,24 @@ fn blocks(ctx: &Ctx) -> Result<()> {
 fn full(ctx: &Ctx) -> Result<()> {
     let mount = ctx.mount("m", "size=1M")?;
     if ctx.is_thinram() {
-        // A fault must not run out of room, so the promise is made when the size is set.
+        // A fault must not run out of room, so the promise is made when the length is set.
         let file = mount.file("web", "ram", 128)?;
         fails(
             "a length beyond size=",
             sys::ftruncate(&file, 2 << 20),
-            Errno::EFBIG,
+            Errno::ENOSPC,
         )?;
-        eq("size", file.metadata()?.len(), 128 * PAGE as u64)?;
+        eq("length", file.metadata()?.len(), 128 * PAGE as u64)?;
+        let second = mount.file("web", "second", 128)?;
+        fails(
+            "lengths together beyond size=",
+            second.set_len(129 * 4096),
+            Errno::ENOSPC,
+        )?;
+        second.set_len(0)?;
+        file.set_len(128 * PAGE as u64)
+            .context("a length that still fits")?;
+        file.set_len(0)?;
     }
     let file = mount.file("web", "data", 0)?;
     let chunk = pages_bytes(1, 16);
@@ -1573,10 +1601,8 @@ fn full(ctx: &Ctx) -> Result<()> {
         }
         that("writes end at size=", written <= 1 << 20)?;
     };
-    that(
-        format!("the end is ENOSPC or EFBIG, seen {ended:?}"),
-        matches!(ended, Errno::ENOSPC | Errno::EFBIG),
-    )?;
+    eq("the end", ended, Errno::ENOSPC)?;
+    eq("bytes written until then", written, 1 << 20)?;
     let mut seen = vec![0; written as usize];
     file.read_exact_at(&mut seen, 0)?;
     for (i, part) in seen.chunks(chunk.len()).enumerate() {
@@ -1599,14 +1625,14 @@ fn overflow(ctx: &Ctx) -> Result<()> {
     file.write_all_at(&pages_bytes(1, 4), 0)?;
     fails("ftruncate to -1", sys::ftruncate(&file, -1), Errno::EINVAL)?;
     fails("pwrite at -1", sys::pwrite(&file, b"x", -1), Errno::EINVAL)?;
-    let last = sys::pwrite(&file, b"xy", i64::MAX - 1);
-    fails_any(
-        "pwrite over the last offset",
-        last,
-        &[Errno::EFBIG, Errno::EINVAL, Errno::ENOSPC],
-    )
-    .or_else(|e| if ctx.is_thinram() { Err(e) } else { Ok(()) })?;
-    file.set_len(4 * PAGE as u64)?;
+    if ctx.is_thinram() {
+        let last = sys::pwrite(&file, b"xy", i64::MAX - 1);
+        fails_any(
+            "pwrite over the last offset",
+            last,
+            &[Errno::EFBIG, Errno::EINVAL],
+        )?;
+    }
     if ctx.is_thinram() {
         let huge = sys::ftruncate(&file, i64::MAX);
         fails("ftruncate to the largest offset", huge, Errno::EFBIG)?;
@@ -1637,10 +1663,11 @@ fn mount_options(ctx: &Ctx) -> Result<()> {
         .find(|fields| fields.get(1) == Some(&&*path))
         .and_then(|fields| fields.get(3).map(|s| s.to_string()))
         .with_context(|| format!("{path} is not in /proc/self/mounts"))?;
-    let mut wanted = vec!["size=4096k", "mode=751", "uid=1001", "gid=1002"];
-    if ctx.is_thinram() {
-        wanted.push("domain=lab");
-    }
+    let wanted = if ctx.is_thinram() {
+        vec!["size=4096k", "mode=0751", "domain=lab"]
+    } else {
+        vec!["size=4096k", "mode=751", "uid=1001", "gid=1002"]
+    };
     for option in wanted {
         that(
             format!("/proc/self/mounts shows {option}: {shown}"),

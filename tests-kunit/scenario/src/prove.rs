@@ -24,29 +24,29 @@ struct Protection {
 
 const PROTECTIONS: &[Protection] = &[
     Protection {
-        name: "freeze",
-        prevents: "merging a page that somebody else holds",
-        case: "torture/direct",
-    },
-    Protection {
-        name: "zap_before_compare",
-        prevents: "a write between the comparison and the merge",
+        name: "zap",
+        prevents: "a write to a page that is being replaced",
         case: "torture/mapping",
     },
     Protection {
-        name: "cow_lock",
-        prevents: "copying a page before its slot is locked",
+        name: "freeze",
+        prevents: "replacing a page that somebody else holds",
+        case: "torture/direct",
+    },
+    Protection {
+        name: "compare",
+        prevents: "merging pages whose hash alone is the same",
+        case: "torture/mapping",
+    },
+    Protection {
+        name: "read_only",
+        prevents: "writing to a frame that others share",
         case: "torture/mapping",
     },
     Protection {
         name: "punch_zap",
         prevents: "a mapping that outlives the page's hole",
         case: "torture/punch",
-    },
-    Protection {
-        name: "shared_readonly",
-        prevents: "writing to a frame that others share",
-        case: "torture/mapping",
     },
 ];
 

@@ -286,7 +286,20 @@ fn zero(ctx: &Ctx) -> Result<()> {
     guest.is_zero(50, 200)?;
     eq("zero_pages after 50 writes", sys.get("zero_pages")?, 150)?;
     eq("cow_breaks of the VM", vm.get("cow_breaks")? - breaks, 50)?;
-    ctx.expect_used("after 50 writes", &mount, "web", 424)
+    ctx.expect_used("after 50 writes", &mount, "web", 424)?;
+    // write(2) is no different.
+    guest.file.write_all_at(&page_bytes(9), 60 * PAGE as u64)?;
+    page_is(
+        "page written by write(2)",
+        &guest.map.read_page(60),
+        &content::page(9),
+    )?;
+    eq("zero_pages after write(2)", sys.get("zero_pages")?, 149)?;
+    eq(
+        "cow_breaks of the VM after write(2)",
+        vm.get("cow_breaks")? - breaks,
+        51,
+    )
 }
 
 fn prealloc_zero(ctx: &Ctx) -> Result<()> {
@@ -1528,7 +1541,7 @@ fn bad_values(ctx: &Ctx) -> Result<()> {
         ("zero_only", &[b"2"]),
         ("merge_across_nodes", &[b"2"]),
         ("max_page_sharing", &[b"0", b"1", b"1048577"]),
-        ("scan_cpu_max_percent", &[b"101"]),
+        ("scan_cpu_max_percent", &[b"0", b"101"]),
         ("scan_pages_per_sec", &[b"18446744073709551616"]),
         ("scan_period_secs", &[b"18446744073709551616"]),
         (
@@ -1550,7 +1563,8 @@ fn bad_values(ctx: &Ctx) -> Result<()> {
     refuses(&vm, "share", b"2")?;
     let long = [b'd'; 4000];
     refuses(&vm, "domain", &long)?;
-    refuses(&vm, "domain", b"two words")?;
+    refuses(&vm, "domain", b"not utf-8 \xff")?;
+    refuses(&vm, "domain", b"..")?;
     refuses(&vm, "domain", b"a\nb")?;
     // State is not writable, unknown names are not there.
     for name in [
