@@ -7,6 +7,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod control;
 mod figures;
 pub mod host;
 pub mod knobs;
