@@ -68,6 +68,11 @@ int thinram_page_mapcount(const struct page *page)
 	return folio_mapcount(page_folio(page));
 }
 
+unsigned long thinram_copy_mc(void *to, const void *from, unsigned int bytes)
+{
+	return copy_mc_to_kernel(to, from, bytes);
+}
+
 bool thinram_page_freeze(struct page *page, int refs)
 {
 	return folio_ref_freeze(page_folio(page), refs);

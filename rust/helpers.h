@@ -29,6 +29,8 @@ void thinram_page_get(struct page *page);
 void thinram_page_put(struct page *page);
 int thinram_page_refcount(const struct page *page);
 int thinram_page_mapcount(const struct page *page);
+/* Inline where the architecture has no machine checks. Bytes that were not copied. */
+unsigned long thinram_copy_mc(void *to, const void *from, unsigned int bytes);
 bool thinram_page_freeze(struct page *page, int refs);
 void thinram_page_unfreeze(struct page *page, int refs);
 bool thinram_page_poisoned(const struct page *page);

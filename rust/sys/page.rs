@@ -119,7 +119,7 @@ fn copy_page(to: NonNull<bindings::page>, from: PageRef<'_>) -> Result<(), Poiso
     // SAFETY: Both pages are in the direct map, PAGE_SIZE long and distinct: `to` is a frame that
     // the caller owns alone.
     let left = unsafe {
-        bindings::copy_mc_to_kernel(
+        bindings::thinram_copy_mc(
             bindings::thinram_page_address(to.as_ptr()),
             from.address(),
             PAGE_SIZE as u32,
