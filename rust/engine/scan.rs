@@ -96,12 +96,15 @@ impl Walk {
 
     /// Looks at up to `pages` pages; returns how many it was.
     fn step(&mut self, host: &Host, pages: u64) -> u64 {
+        /// Pages between two looks at whether the index needs room.
+        const STRIDE: u64 = 64;
         let policy = host.policy();
-        if host.index().maintain(host.registry(), host.contents()).is_err() {
-            host.refusals.no_memory.fetch_add(1, Ordering::Relaxed);
-        }
+        let contents = host.contents();
         let mut done = 0;
         while done < pages {
+            if host.index().maintain(host.registry(), contents).is_err() {
+                host.refusals.no_memory.fetch_add(1, Ordering::Relaxed);
+            }
             if self.region >= host.registry().end() {
                 self.end_pass(host);
                 // A pass over nothing must not spin.
@@ -118,7 +121,7 @@ impl Walk {
             };
             self.found = true;
             let vm = region.vm();
-            let left = (SLOTS - self.index).min(usize::try_from(pages - done).unwrap_or(SLOTS));
+            let left = (pages - done).min(STRIDE).min((SLOTS - self.index) as u64) as usize;
             if !vm.shares() || !vm.may_scan(clock::now_us(), left as u64) {
                 self.next_region();
                 done = done.saturating_add(1);

@@ -28,6 +28,9 @@ use kernel::{
 /// How many entries of one hash are looked at.
 pub(crate) const CANDIDATES: usize = 4;
 
+/// Free records that the scanner may need before it calls `maintain` again.
+const ROOM: u64 = 64;
+
 /// A content's name: its hash within its scope.
 #[derive(Clone, Copy)]
 pub(crate) struct Key {
@@ -209,7 +212,7 @@ impl SharedIndex {
     pub(crate) fn maintain(&self, registry: &Registry, contents: u64) -> Result {
         loop {
             let inner = self.lock();
-            let wants_records = inner.records.wants_page();
+            let wants_records = inner.records.table().free() < ROOM;
             let too_small = inner.catalog.capacity() < contents.saturating_mul(8) / 7;
             let wants_groups = inner.catalog.wants_page() && (too_small || inner.catalog.capacity() == 0);
             let wants_growth = inner.catalog.wants_growth() && too_small;
@@ -228,6 +231,9 @@ impl SharedIndex {
                     Entry::Stable(id) => records.page(id).map(|page| page.label().hash as u16),
                     hint => owner_bits(hint),
                 });
+                while let Some(owner) = catalog.pop_displaced() {
+                    forget_owner(registry, owner);
+                }
                 if !grew {
                     return Ok(());
                 }

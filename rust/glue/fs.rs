@@ -280,6 +280,9 @@ unsafe extern "C" fn thinram_rs_rename(
     }
     // SAFETY: The kernel holds and locks what it passes.
     let result = unsafe {
+        if bindings::simple_empty(new) == 0 {
+            return ENOTEMPTY.to_errno();
+        }
         rename_vm(old_dir, (*old).d_inode, new_dir, name_of(old), name_of(new)).and_then(|undo| {
             let error = bindings::simple_rename(idmap, old_dir, old, new_dir, new, flags);
             if error != 0 {

@@ -179,8 +179,14 @@ impl<S: RecordStore> Records<S> {
     /// Whether no free record is left.
     #[inline]
     pub fn wants_page(&self) -> bool {
+        self.free() == 0
+    }
+
+    /// Free records.
+    #[inline]
+    pub fn free(&self) -> u64 {
         let room = (self.store.len() as u64).saturating_mul(RECORDS_PER_PAGE as u64);
-        self.free == 0 && self.fresh >= room.min(u64::from(u32::MAX))
+        room.min(u64::from(u32::MAX)).saturating_sub(self.live)
     }
 
     #[inline]
