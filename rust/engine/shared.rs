@@ -231,8 +231,11 @@ impl SharedIndex {
                     Entry::Stable(id) => records.page(id).map(|page| page.label().hash as u16),
                     hint => owner_bits(hint),
                 });
-                while let Some(owner) = catalog.pop_displaced() {
-                    forget_owner(registry, owner);
+                while let Some(displaced) = catalog.pop_displaced() {
+                    // A record without an entry still works; only newcomers cannot find it.
+                    if let Entry::Hint(owner) = displaced {
+                        forget_owner(registry, owner);
+                    }
                 }
                 if !grew {
                     return Ok(());
