@@ -119,7 +119,7 @@ fn work(task: Task) -> Result<ExitCode> {
             vm::host_initramfs(&kernel)?;
             step::say(format!("{:?}", vm::hardware(&kernel)?));
             vm::guests(&kernel)?;
-            setup::uml(&kernel)?;
+            setup::uml(&kernel, false)?;
         }
         Task::Kdir => {
             let dir = setup::kdir(&kernel)?;
@@ -147,11 +147,12 @@ fn work(task: Task) -> Result<ExitCode> {
         } => {
             match place {
                 vm::Place::KvmHost => drop(vm::guests(&kernel)?),
-                vm::Place::Uml => drop(setup::uml(&kernel)?),
+                vm::Place::Uml => drop(setup::uml(&kernel, false)?),
+                vm::Place::UmlDebug => drop(setup::uml(&kernel, true)?),
                 vm::Place::SmpHost => {}
             }
             let job = vm::Job {
-                name: format!("run-{place:?}").to_lowercase(),
+                name: format!("run-{}", std::process::id()),
                 place,
                 script: command,
                 timeout: Duration::from_secs(timeout),
@@ -174,7 +175,7 @@ fn work(task: Task) -> Result<ExitCode> {
         }
         Task::HostShell => vm::shell(&kernel, vm::Place::KvmHost, "", 2048)?,
         Task::UmlShell => {
-            setup::uml(&kernel)?;
+            setup::uml(&kernel, false)?;
             vm::shell(&kernel, vm::Place::Uml, "", 1024)?;
         }
         Task::Clean => {
@@ -227,7 +228,7 @@ fn demo_host(kernel: &env::Kernel) -> Result<ExitCode> {
 
 /// The benchmark as seen from outside.
 fn bench_host(kernel: &env::Kernel) -> Result<ExitCode> {
-    setup::uml(kernel)?;
+    setup::uml(kernel, false)?;
     let report = bench::report_path();
     if report.exists() {
         std::fs::remove_file(&report)?;

@@ -333,20 +333,29 @@ pub fn guest_kernel(k: &Kernel) -> Result<PathBuf> {
     Ok(image)
 }
 
+/// Graphics drivers select this on a PC: the module needs it, and UML has none.
+const UML_KCONFIG: &str = "\nconfig THINRAM\n\tdef_bool y\n\tselect MAPPING_DIRTY_HELPERS\n";
+
 /// User-Mode Linux with the module built in: `target/uml/linux`.
 ///
 /// The tree is one for all checkouts; the module's files are copied into it by
 /// content, so that only what differs is compiled again.
-pub fn uml(k: &Kernel) -> Result<PathBuf> {
+/// With `debug` it is `target/uml/linux-debug`, whose protections can be taken out one at a time.
+pub fn uml(k: &Kernel, debug: bool) -> Result<PathBuf> {
     let dest = cache(format!("uml-{}", k.slug()));
     let log = cache("logs/uml.log");
     let fragment = read(src("scripts/kernel/uml.config"))?;
-    let inputs = format!("{}\n{fragment}", k.version);
+    let inputs = format!("{}\n{fragment}\n{UML_KCONFIG}", k.version);
     let make = || {
         let mut c = tied("nice");
         c.args(["make", "-C"])
             .arg(&dest)
-            .args(["ARCH=um", "THINRAM_BUILTIN=y", CC, &jobs()]);
+            .args(["ARCH=um", "THINRAM_BUILTIN=y", CC, &jobs()])
+            .arg(if debug {
+                "THINRAM_DEBUG=y"
+            } else {
+                "THINRAM_DEBUG="
+            });
         c
     };
     let _lock = lock("uml")?;
@@ -359,6 +368,7 @@ pub fn uml(k: &Kernel) -> Result<PathBuf> {
                 tree(k, &dest)?;
             }
             append(&dest.join("drivers/Makefile"), "\nobj-y += thinram/\n")?;
+            append(&dest.join("drivers/Kconfig"), UML_KCONFIG)?;
             configure(&log, &make, &dest, "defconfig", &fragment)
         },
     )?;
@@ -370,7 +380,11 @@ pub fn uml(k: &Kernel) -> Result<PathBuf> {
         say("User-Mode Linux: build (7 min the first time)");
     }
     run(&log, make().arg("linux"))?;
-    let linux = target("uml/linux");
+    let linux = target(if debug {
+        "uml/linux-debug"
+    } else {
+        "uml/linux"
+    });
     fs::create_dir_all(linux.parent().context("target/uml")?)?;
     run(&log, tied("rsync").args(["-c"]).arg(&built).arg(&linux))?;
     Ok(linux)

@@ -116,7 +116,7 @@ fn unit_tests(text: &str) -> Vec<Test> {
 }
 
 fn uml(k: &Kernel) -> Vec<Suite> {
-    let built = match setup::uml(k) {
+    let built = match setup::uml(k, false) {
         Ok(_) => Test::pass("User-Mode Linux builds"),
         Err(e) => {
             let test = Test::fail("User-Mode Linux builds", format!("{e:#}"));
@@ -140,7 +140,25 @@ fn uml(k: &Kernel) -> Vec<Suite> {
         let script = "/src/scripts/vm/process";
         Ok(vm::execute(k, &job("uml-scenarios", Place::Uml, script))?.tests())
     });
-    vec![kunit, scenarios]
+    let proofs = Suite::run("UML: each protection is missed", || proofs(k));
+    vec![kunit, scenarios, proofs]
+}
+
+/// Takes one protection out at a time; the torture has to see corrupt data each time. What the
+/// kernel says of that is no failure.
+fn proofs(k: &Kernel) -> Result<Vec<Test>> {
+    setup::uml(k, true)?;
+    let script = "/src/target/sysroot/release/thinram-scenario prove --mount /run/thinram \
+                  --disk /run/disk";
+    let mut job = job("proofs", Place::UmlDebug, script);
+    job.append += " panic_on_warn=0";
+    let run = vm::execute(k, &job)?;
+    let mut tests = ktap::parse(&run.output);
+    if run.exit.is_none() {
+        let why = format!("the run did not end, logs in {}", run.dir.display());
+        tests.push(Test::fail("proofs end", why));
+    }
+    Ok(tests)
 }
 
 /// Only this module's suites; a plan of nothing is a failure.
@@ -159,20 +177,13 @@ fn guests(k: &Kernel) -> Result<Vec<Test>> {
 
 /// A job of the size that the suites need.
 fn job(name: &str, place: Place, script: &str) -> Job {
-    let append = if place == Place::Uml {
-        "kunit.enable=0"
-    } else {
-        ""
-    };
+    let uml = matches!(place, Place::Uml | Place::UmlDebug);
+    let append = if uml { "kunit.enable=0" } else { "" };
     Job {
         name: name.into(),
         place,
         script: format!("exec {script}\n"),
-        timeout: if place == Place::Uml {
-            10 * MINUTE
-        } else {
-            25 * MINUTE
-        },
+        timeout: if uml { 10 * MINUTE } else { 25 * MINUTE },
         memory_mib: 2048,
         append: append.into(),
         stream: false,

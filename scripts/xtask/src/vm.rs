@@ -36,6 +36,8 @@ pub enum Place {
     SmpHost,
     /// User-Mode Linux on two CPUs at native speed, the module built in.
     Uml,
+    /// The same with a module whose protections can be taken out.
+    UmlDebug,
 }
 
 /// One run of a script.
@@ -176,7 +178,10 @@ pub fn guests(k: &Kernel) -> Result<PathBuf> {
     initramfs(k, &dir.join("stock.initrd"), &files, &["virtio_balloon"])?;
     for (name, from) in [("small", small), ("stock", k.vmlinuz())] {
         let to = dir.join(format!("{name}.vmlinuz"));
-        fs::copy(&from, &to).with_context(|| format!("{}", from.display()))?;
+        // Replaced at once: a guest of another run may be about to read it.
+        let new = dir.join(format!("{name}.new"));
+        fs::copy(&from, &new).with_context(|| format!("{}", from.display()))?;
+        fs::rename(&new, &to)?;
     }
     Ok(dir)
 }
@@ -330,6 +335,7 @@ fn start(k: &Kernel, job: &Job, hardware: Hardware) -> Result<(Command, PathBuf)
     fs::File::create(dir.join("disk.img"))?.set_len(DISK_BYTES)?;
     let cmd = match job.place {
         Place::Uml => uml(&target("uml/linux"), job, &dir),
+        Place::UmlDebug => uml(&target("uml/linux-debug"), job, &dir),
         _ => {
             setup::stock(k)?;
             qemu(k, job, &dir, hardware)?
@@ -341,7 +347,7 @@ fn start(k: &Kernel, job: &Job, hardware: Hardware) -> Result<(Command, PathBuf)
 /// Runs the job to its end, showing its last line meanwhile.
 pub fn execute(k: &Kernel, job: &Job) -> Result<Outcome> {
     let hardware = match job.place {
-        Place::Uml => Hardware::None,
+        Place::Uml | Place::UmlDebug => Hardware::None,
         _ => hardware(k)?,
     };
     execute_on(k, job, hardware)
@@ -352,7 +358,7 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
     let host_log = dir.join("host.log");
     let host = fs::File::create(&host_log)?;
     let stdout = match job.place {
-        Place::Uml => fs::File::create(dir.join("kernel.log"))?,
+        Place::Uml | Place::UmlDebug => fs::File::create(dir.join("kernel.log"))?,
         _ => host.try_clone()?,
     };
     cmd.stdin(Stdio::null()).stdout(stdout).stderr(host);
