@@ -296,11 +296,16 @@ impl Walk {
     }
 }
 
+/// An unchanged page is hashed again every so many passes.
+const RECHECK: u64 = 64;
+
 /// Whether the scanner has anything to do at this slot in this pass.
 #[inline]
 fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
     match slot.state() {
-        State::Private => !slot.is_stable() && !slot.skipped_in(pass, index as u64),
+        // Hints are lossy: a page that lost its hint unnoticed is found by its next hash.
+        State::Private if slot.is_stable() => pass.wrapping_add(index as u64) % RECHECK == 0,
+        State::Private => !slot.skipped_in(pass, index as u64),
         // Every 8th pass is soon enough to give a lonely shared frame back.
         State::Shared => pass.wrapping_add(index as u64) % 8 == 0,
         State::Empty | State::Zero => false,
