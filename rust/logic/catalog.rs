@@ -13,7 +13,7 @@
 //! spill             = 28 tags | 26 ids | 26 homes | used, stable
 //! ```
 //!
-//! Hints are lossy: a full group drops one for a new one. A stable entry is never dropped for room.
+//! Hints are lossy: a full group drops one for a new one. A stable entry never makes way for another.
 //!
 //! # Growth
 //!
@@ -49,9 +49,11 @@ pub const PAGE_ENTRIES: usize = GROUPS_PER_PAGE * GROUP_ENTRIES + SPILL_ENTRIES;
 /// not worth a place.
 pub const SAME_TAG_MAX: usize = 32;
 /// Above this many percent of all places in use, the table wants to grow.
-pub const GROW_PERCENT: u64 = 87;
-/// The same for stable entries alone, which cannot make way.
-pub const GROW_STABLE_PERCENT: u64 = 75;
+pub const GROW_PERCENT: u64 = 82;
+/// The same for stable entries alone: they cannot make way for each other, so they need more room.
+pub const GROW_STABLE_PERCENT: u64 = 70;
+/// No stable entry is taken above this, for then growth would not find places for all of them.
+pub const STABLE_MAX_PERCENT: u64 = 85;
 
 const COLUMNS_MIN: u32 = 8;
 const COLUMNS_MAX: u32 = 16;
@@ -108,7 +110,8 @@ pub enum StableOutcome {
     Placed,
     /// It has the place of this page's hint, which is gone.
     Evicted(u32),
-    /// There is no page yet, stable entries fill the group, or [`SAME_TAG_MAX`] have that tag.
+    /// There is no page yet, stable entries fill the group or [`STABLE_MAX_PERCENT`] of the table,
+    /// or [`SAME_TAG_MAX`] have that tag.
     Refused,
 }
 
@@ -429,11 +432,6 @@ impl GroupPage {
             }
         }
     }
-
-    /// Places that stable entries can have in the spill.
-    fn spill_room(&self) -> usize {
-        SPILL_ENTRIES.saturating_sub(self.spill.stables())
-    }
 }
 
 impl Default for GroupPage {
@@ -513,10 +511,6 @@ impl<T: Copy + Default, const N: usize> Bounded<T, N> {
         }
         Some(item)
     }
-
-    fn room(&self) -> usize {
-        N.saturating_sub(self.len)
-    }
 }
 
 /// A stable entry for which its group had no place.
@@ -554,7 +548,8 @@ pub struct Catalog<S: PageStore> {
     entries: u64,
     stables: u64,
     stash: Bounded<Stashed, STASH_ENTRIES>,
-    displaced: Bounded<u32, MOVED_MAX>,
+    /// What a step moves, and afterwards what it found no place for.
+    moved: Bounded<Item, MOVED_MAX>,
 }
 
 impl<S: PageStore> Catalog<S> {
@@ -569,7 +564,7 @@ impl<S: PageStore> Catalog<S> {
             entries: 0,
             stables: 0,
             stash: Bounded::new(),
-            displaced: Bounded::new(),
+            moved: Bounded::new(),
         };
         catalog.start();
         catalog
@@ -693,6 +688,9 @@ impl<S: PageStore> Catalog<S> {
         if known {
             return StableOutcome::Placed;
         }
+        if self.above(self.stables, STABLE_MAX_PERCENT) {
+            return StableOutcome::Refused;
+        }
         let number = self.home(hash);
         let page = self
             .store
@@ -785,14 +783,15 @@ impl<S: PageStore> Catalog<S> {
         true
     }
 
+    fn above(&self, entries: u64, percent: u64) -> bool {
+        entries.saturating_mul(100) > self.capacity().saturating_mul(percent)
+    }
+
     /// Whether the table is so full that it should grow.
     pub fn wants_growth(&self) -> bool {
         let at_end = self.level >= LEVEL_MAX && matches!(self.phase, Phase::Folding { .. });
-        let places = self.capacity();
-        let above = |entries: u64, percent: u64| {
-            entries.saturating_mul(100) > places.saturating_mul(percent)
-        };
-        let full = above(self.entries, GROW_PERCENT) || above(self.stables, GROW_STABLE_PERCENT);
+        let full =
+            self.above(self.entries, GROW_PERCENT) || self.above(self.stables, GROW_STABLE_PERCENT);
         self.groups > 0 && full && !at_end
     }
 
@@ -800,13 +799,14 @@ impl<S: PageStore> Catalog<S> {
     /// storage has the page; true if it did. Sixteen steps or fewer make room for one group.
     ///
     /// `owner_bits` answers the low 16 bits of the hash that the entry's owner has now: `None` drops
-    /// a hint that is out of date (or a stable entry whose content is lost). Hints for which no room
-    /// was left in their new group are told by [`Self::pop_displaced`] until the next step.
+    /// a hint that is out of date (or a stable entry whose content is lost). Entries for which no
+    /// room was left are told by [`Self::pop_displaced`] until the next step.
     pub fn grow_step(&mut self, owner_bits: &mut dyn FnMut(Entry) -> Option<u16>) -> bool {
-        self.displaced.len = 0;
-        if !self.wants_growth() {
-            return false;
-        }
+        self.moved.len = 0;
+        self.wants_growth() && self.step(owner_bits)
+    }
+
+    fn step(&mut self, owner_bits: &mut dyn FnMut(Entry) -> Option<u16>) -> bool {
         self.unstash();
         match self.phase {
             Phase::Widening { row, left } => self.widen(row, left),
@@ -814,9 +814,10 @@ impl<S: PageStore> Catalog<S> {
         }
     }
 
-    /// A page whose hint the last step dropped for want of room.
-    pub fn pop_displaced(&mut self) -> Option<u32> {
-        self.displaced.pop()
+    /// An entry that the last step found no place for. That is a hint now and then; a stable entry
+    /// only where a great many have alike hashes.
+    pub fn pop_displaced(&mut self) -> Option<Entry> {
+        self.moved.pop().map(Item::entry)
     }
 
     fn widen(&mut self, row: u32, left: u32) -> bool {
@@ -830,17 +831,14 @@ impl<S: PageStore> Catalog<S> {
         let from = (column << self.level) | row;
         let to = ((column + 1) << self.level) | row;
         let columns = self.columns + 1;
-        let mut moved = Bounded::new();
-        self.lift(from, 0, &mut moved, &mut |item| {
+        self.lift(from, 0, &mut |item| {
             if (u32::from(item.tag) * columns) >> 16 > column {
                 Fate::Moves
             } else {
                 Fate::Stays
             }
         });
-        if !self.land(&moved, [from, to]) {
-            return false;
-        }
+        self.land([from, to]);
         if begins {
             self.groups = self.groups.saturating_add(1);
         }
@@ -871,9 +869,8 @@ impl<S: PageStore> Catalog<S> {
         let row = pair & mask;
         let half = pair >> level;
         let both = [((2 * half) << level) | row, ((2 * half + 1) << level) | row];
-        let mut moved = Bounded::new();
         for (number, side) in both.into_iter().zip(0u8..) {
-            self.lift(number, side, &mut moved, &mut |item| {
+            self.lift(number, side, &mut |item| {
                 let bits = if level < TAG_SHIFT {
                     let Some(bits) = owner_bits(item.entry()) else {
                         return Fate::Goes;
@@ -893,9 +890,7 @@ impl<S: PageStore> Catalog<S> {
                 }
             });
         }
-        if !self.land(&moved, both) {
-            return false;
-        }
+        self.land(both);
         let pairs = COLUMNS_MIN << level;
         self.phase = if pair + 1 < pairs {
             Phase::Folding { pair: pair + 1 }
@@ -911,14 +906,9 @@ impl<S: PageStore> Catalog<S> {
     }
 
     /// Takes the entries of group `number` that move; those that go are forgotten.
-    fn lift(
-        &mut self,
-        number: u32,
-        side: u8,
-        moved: &mut Bounded<Item, MOVED_MAX>,
-        fate: &mut dyn FnMut(&Item) -> Fate,
-    ) {
+    fn lift(&mut self, number: u32, side: u8, fate: &mut dyn FnMut(&Item) -> Fate) {
         let home = place_in_page(number) as u8;
+        let moved = &mut self.moved;
         let (mut gone, mut gone_stable) = (0u64, 0u64);
         let mut decide = |item: &Item| match fate(item) {
             Fate::Stays => false,
@@ -966,60 +956,45 @@ impl<S: PageStore> Catalog<S> {
         self.stables = self.stables.saturating_sub(gone_stable);
     }
 
-    /// Gives each lifted entry a place in the other one of two groups. If there might be none for a
-    /// stable entry, all go back where they came from, and the answer is false.
-    fn land(&mut self, moved: &Bounded<Item, MOVED_MAX>, both: [u32; 2]) -> bool {
-        let [mut over, mut room] = [0usize, usize::MAX];
-        for (number, from) in both.into_iter().zip([1u8, 0]) {
-            let Some(page) = self.store.page(page_of(number)) else {
-                continue;
+    /// Gives each lifted entry a place in the other one of two groups, and keeps those that lost
+    /// theirs, at most one for each.
+    fn land(&mut self, both: [u32; 2]) {
+        let moved = core::mem::take(&mut self.moved.len);
+        for at in 0..moved {
+            let Some(item) = self.moved.items.get(at).copied() else {
+                break;
             };
-            let stables = page
-                .group(number)
-                .map_or(GROUP_ENTRIES, |group| group.stables());
-            let come = moved
-                .as_slice()
-                .iter()
-                .filter(|item| item.stable && item.home == from);
-            over += (stables + come.count()).saturating_sub(GROUP_ENTRIES);
-            room = room.min(page.spill_room());
-        }
-        let fits = over <= room.saturating_add(self.stash.room());
-        // Stable entries first, so that no hint takes a place from them only to be evicted.
-        for stable in [true, false] {
-            for item in moved.as_slice().iter().filter(|item| item.stable == stable) {
-                let side = usize::from((item.home == 0) == fits);
-                if let Some(&number) = both.get(side) {
-                    self.land_one(number, *item);
+            let number = if item.home == 0 { both[1] } else { both[0] };
+            let random = u32::from(item.tag).wrapping_mul(0x9e37_79b9) ^ item.id;
+            let page = self.store.page_mut(page_of(number));
+            let gone = match page.map_or(Settled::NoRoom, |page| page.settle(number, item, random))
+            {
+                Settled::Placed => continue,
+                Settled::Evicted(id) => Item {
+                    id,
+                    stable: false,
+                    ..item
+                },
+                Settled::NoRoom => {
+                    if item.stable
+                        && self.stash.push(Stashed {
+                            group: number,
+                            item,
+                        })
+                    {
+                        continue;
+                    }
+                    item
                 }
-            }
+            };
+            self.moved.push(gone);
+            self.uncount(gone.stable);
         }
         for number in both {
             if let Some(page) = self.store.page_mut(page_of(number)) {
                 page.refill(number);
             }
         }
-        fits
-    }
-
-    fn land_one(&mut self, number: u32, item: Item) {
-        let random = u32::from(item.tag).wrapping_mul(0x9e37_79b9) ^ item.id;
-        let page = self.store.page_mut(page_of(number));
-        let settled = page.map_or(Settled::NoRoom, |page| page.settle(number, item, random));
-        let gone = match settled {
-            Settled::Placed => return,
-            Settled::Evicted(page) => page,
-            Settled::NoRoom if item.stable => {
-                self.stash.push(Stashed {
-                    group: number,
-                    item,
-                });
-                return;
-            }
-            Settled::NoRoom => item.id,
-        };
-        self.displaced.push(gone);
-        self.entries = self.entries.saturating_sub(1);
     }
 
     /// Gives stashed entries a free place in their groups.
@@ -1067,7 +1042,7 @@ impl<S: PageStore> Catalog<S> {
                 page.refill(number);
             }
         }
-        self.displaced.len = 0;
+        self.moved.len = 0;
         self.entries = self.stables;
         self.unstash();
     }
@@ -1152,3 +1127,7 @@ impl<S: PageStore> Iterator for Matches<'_, S> {
         pop_below(&mut self.in_spill, SPILL_ENTRIES).map(|at| Entry::Hint(spill.id(at)))
     }
 }
+
+#[cfg(test)]
+#[path = "catalog_tests.rs"]
+mod tests;
