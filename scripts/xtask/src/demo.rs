@@ -57,13 +57,11 @@ pub fn run() -> Result<bool> {
     let start = Instant::now();
     let tell = |text: &str| println!("\n[{}] {text}", took(start.elapsed()));
     let kernel = read("/proc/sys/kernel/osrelease")?;
-    tell(&format!(
-        "host: Linux {kernel}, thinram.ko is loaded, mounted with domain=lab"
-    ));
     inside::load(Fs::Thinram)?;
     let mount = Mount::new(Fs::Thinram, MOUNT, Some("lab"))?;
+    tell(&format!("host: Linux {kernel}, thinram.ko is loaded, mounted with domain=lab"));
     set("run", "0")?;
-    set("large_pages", "never")?;
+    inside::small_pages()?;
     set("scan_period_secs", "10")?;
     set("scan_cpu_max_percent", "50")?;
 

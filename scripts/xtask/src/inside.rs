@@ -111,6 +111,14 @@ pub fn set(name: &str, value: &str) -> Result<()> {
     fs::write(&path, value).with_context(|| format!("{value} to {}", path.display()))
 }
 
+/// Keeps 2 MiB pages out of what follows, where the module has them: only 4 KiB pages merge.
+pub fn small_pages() -> Result<()> {
+    if Path::new(SYS).join("large_pages").exists() {
+        set("large_pages", "never")?;
+    }
+    Ok(())
+}
+
 /// Loads KVM, and the module if it is used.
 pub fn load(fs: Fs) -> Result<()> {
     let release = read("/proc/sys/kernel/osrelease")?;
@@ -502,7 +510,7 @@ fn private(ctx: &Ctx) -> Result<()> {
 
 /// Flat out, and with a pass that ends soon.
 fn fast() -> Result<()> {
-    set("large_pages", "never")?;
+    small_pages()?;
     set("scan_cpu_max_percent", "60")?;
     set("scan_period_secs", "5")?;
     set("run", "1")

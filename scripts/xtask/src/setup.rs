@@ -406,7 +406,12 @@ fn copy_module(tree: &Path) -> Result<()> {
     );
     run(
         cache("logs/uml-sync.log"),
-        rsync.arg(src("rust")).arg(src("Kbuild")).arg(&dir),
+        rsync
+            .arg("--exclude=scenario")
+            .arg(src("rust"))
+            .arg(src("tests-kunit"))
+            .arg(src("Kbuild"))
+            .arg(&dir),
     )
 }
 
