@@ -15,6 +15,10 @@ mod glue;
 mod logic;
 mod sys;
 
+#[cfg(CONFIG_KUNIT = "y")]
+#[path = "../tests-kunit/kunit/mod.rs"]
+mod kunit;
+
 use engine::{host::Host, scan::Scanner};
 use sys::task::Thread;
 

@@ -88,6 +88,15 @@ impl Frame {
         self.as_ref().zero_range(0, PAGE_SIZE);
     }
 
+    /// Sets one byte.
+    #[cfg(CONFIG_KUNIT = "y")]
+    pub(crate) fn fill_for_test(&mut self, at: usize, value: u8) {
+        if at < PAGE_SIZE {
+            // SAFETY: The byte lies within the page, which is ours alone.
+            unsafe { self.as_ref().address().cast::<u8>().add(at).write(value) };
+        }
+    }
+
     /// Copies the whole content of `from`.
     pub(crate) fn copy_from(&mut self, from: PageRef<'_>) -> Result<(), PoisonedMemory> {
         copy_page(self.0, from)

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#[kernel::macros::kunit_tests(thinram_index)]
+mod tests {
+    use crate::{
+        engine::{
+            region::Registry,
+            shared::{Candidate, Key, SharedIndex, CANDIDATES},
+            vm::Scope,
+        },
+        sys::page::{Frame, Purpose},
+    };
+    use kernel::prelude::*;
+
+    fn key(hash: u64) -> Key {
+        Key { hash, scope: Scope::of_domain(4) }
+    }
+
+    fn published(
+        index: &SharedIndex,
+        registry: &Registry,
+        hash: u64,
+    ) -> Result<(crate::sys::slots::Sharer, crate::sys::slots::Sharer)> {
+        let frame = Frame::alloc(Purpose::Shared, -1).ok_or(ENOMEM)?;
+        index.publish(key(hash), frame, 0, registry).map_err(|_| ENOSPC)
+    }
+
+    fn first(index: &SharedIndex, key: Key) -> Option<Candidate> {
+        let mut found = [None; CANDIDATES];
+        index.find(key, &mut found);
+        found[0]
+    }
+
+    #[test]
+    fn without_memory_nothing_is_promised() -> Result {
+        let registry = KBox::pin_init(Registry::new(), GFP_KERNEL)?;
+        let index = KBox::pin_init(SharedIndex::new(), GFP_KERNEL)?;
+        assert!(!index.has_room());
+        assert!(!index.hint(1, 2, &registry));
+        assert!(published(&index, &registry, 1).is_err());
+        assert_eq!(index.figures().bytes, 0);
+        Ok(())
+    }
+
+    #[test]
+    fn a_published_frame_is_found_in_its_scope_only() -> Result {
+        let registry = KBox::pin_init(Registry::new(), GFP_KERNEL)?;
+        let index = KBox::pin_init(SharedIndex::new(), GFP_KERNEL)?;
+        index.maintain(&registry, 100)?;
+        let (one, two) = published(&index, &registry, 0x1234_5678)?;
+        assert!(matches!(first(&index, key(0x1234_5678)), Some(Candidate::Record(_))));
+        let elsewhere = Key { hash: 0x1234_5678, scope: Scope::of_domain(5) };
+        assert!(first(&index, elsewhere).is_none());
+        assert_eq!(index.figures().pages_shared, 1);
+        assert_eq!(index.figures().pages_sharing, 1);
+        assert!(index.leave(one).is_none());
+        assert!(index.leave(two).is_some());
+        assert!(first(&index, key(0x1234_5678)).is_none());
+        assert_eq!(index.figures().pages_shared, 0);
+        Ok(())
+    }
+
+    #[test]
+    fn a_full_record_takes_no_more_sharers() -> Result {
+        let registry = KBox::pin_init(Registry::new(), GFP_KERNEL)?;
+        let index = KBox::pin_init(SharedIndex::new(), GFP_KERNEL)?;
+        index.maintain(&registry, 100)?;
+        let (one, two) = published(&index, &registry, 99)?;
+        let id = one.record();
+        assert!(index.join(id, 2).is_none());
+        match index.join(id, 3) {
+            Some((three, frame)) => {
+                assert_eq!(index.sharers(id), 3);
+                drop(frame);
+                drop(index.leave(three));
+            }
+            None => assert!(false),
+        }
+        drop(index.leave(one));
+        // The last sharer can have the frame.
+        assert!(index.take_last(two).is_ok());
+        Ok(())
+    }
+
+    #[test]
+    fn hints_survive_growth() -> Result {
+        let registry = KBox::pin_init(Registry::new(), GFP_KERNEL)?;
+        let index = KBox::pin_init(SharedIndex::new(), GFP_KERNEL)?;
+        let hash = |page: u32| u64::from(page).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        const PAGES: u32 = 3000;
+        for page in 0..PAGES {
+            if page % 64 == 0 {
+                index.maintain(&registry, PAGES.into())?;
+            }
+            index.hint(hash(page), page, &registry);
+        }
+        let kept = (0..PAGES)
+            .filter(|&page| {
+                let mut found = [None; CANDIDATES];
+                index.find(key(hash(page)), &mut found);
+                found.iter().flatten().any(|c| matches!(c, Candidate::Page(id) if *id == page))
+            })
+            .count();
+        // Hints whose owner is unknown are dropped when a row is folded: none of these pages exists.
+        assert!(kept > 0);
+        assert!(index.figures().bytes < u64::from(PAGES) * 16);
+        Ok(())
+    }
+}
