@@ -295,7 +295,7 @@ fn protect(ctx: &Ctx) -> Result<()> {
     let write_dies = |map: &Map, page: usize| -> Result<()> {
         // A fork has no mapping, so the child writes through the kernel, which obeys protections.
         let pid = std::process::id();
-        let mut remote = [RemoteIoVec {
+        let remote = [RemoteIoVec {
             base: map.addr() + page * PAGE,
             len: 8,
         }];

@@ -363,19 +363,23 @@ fn across_vms(ctx: &Ctx) -> Result<()> {
 }
 
 fn first_pass(ctx: &Ctx) -> Result<()> {
-    let (_mount, a, b) = twins(ctx, 512)?;
+    let (_mount, a, b) = twins(ctx, 1024)?;
     let sys = ctx.sys();
-    let before = sys.get("full_scans")?;
-    sys.flat_out()?;
-    ctx.until_least("full_scans", before + 1, SOON)?;
-    let merged = sys.get("pages_sharing")?;
-    let passes = sys.get("full_scans")? - before;
+    // Slow enough to look right after the first pass over these 2048 pages.
+    sys.set("scan_pages_per_sec", 2000)?;
+    let before = sys.get("pages_scanned")?;
+    sys.flat_out_but_pages()?;
+    ctx.until_least("pages_scanned", before + 2048, SOON)?;
+    let (merged, scanned) = (
+        sys.get("pages_sharing")?,
+        sys.get("pages_scanned")? - before,
+    );
     sys.set("run", 0)?;
-    println!("{merged} of 512 merged after {passes} passes");
-    // The scan is so quick that it may be a pass further by now; the first one must do most.
-    within("pages merged", merged, 486, 512)?;
-    a.holds(0, 512, 1)?;
-    b.holds(0, 512, 1)
+    println!("{merged} of 1024 pages merged when {scanned} of 2048 were scanned");
+    within("pages scanned by then", scanned, 2048, 3000)?;
+    within("pages merged in the first pass", merged, 512, 1024)?;
+    a.holds(0, 1024, 1)?;
+    b.holds(0, 1024, 1)
 }
 
 fn across_domains(ctx: &Ctx) -> Result<()> {
@@ -929,7 +933,15 @@ fn scope(ctx: &Ctx) -> Result<()> {
     eq("pages_shared in scope domain", sys.get("pages_shared")?, 64)?;
     apart("in scope domain", a, c)?;
     sys.set("share_scope", "host")?;
-    ctx.until_is("pages_sharing", 64 + 80, SOON)?;
+    // The 32 are found in c as well. Of the 16, each domain has a frame already, and these need
+    // not become one.
+    ctx.until_least("pages_sharing", 64 + 48 + 16, SOON)?;
+    within(
+        "pages_sharing in scope host",
+        sys.get("pages_sharing")?,
+        128,
+        144,
+    )?;
     intact()?;
     sys.set("run", 0)?;
     sys.set("share_scope", "vm")?;
@@ -1069,25 +1081,36 @@ fn run_unshare(ctx: &Ctx) -> Result<()> {
     apart("unshared", &a, &b)?;
     zeroes.is_zero(0, 32)?;
     zeroes.holds(32, 64, 1)?;
-    let scanned = sys.get("pages_scanned")?;
+    let scanned = passed(&sys)?;
     thread::sleep(ctx.limit(0.3));
-    eq(
-        "pages_scanned while run is 2",
-        sys.get("pages_scanned")?,
-        scanned,
-    )?;
+    eq("pages scanned while run is 2", passed(&sys)?, scanned)?;
     sys.set("run", 1)?;
     ctx.until_is("pages_sharing", 256 + 32, SOON)?;
     a.holds(0, 256, 1)?;
     b.holds(0, 256, 1)
 }
 
+/// Private pages that the scan came by so far, whether it hashed them or knew that nothing changed.
+fn passed(sys: &Sys) -> Result<u64> {
+    Ok(sys.get("pages_scanned")? + sys.get("pages_skipped")?)
+}
+
 /// Pages scanned within `seconds`, and how long that really was.
 fn scanned_in(sys: &Sys, seconds: f64) -> Result<(f64, f64)> {
-    let (start, before) = (Instant::now(), sys.get("pages_scanned")?);
+    let (start, before) = (Instant::now(), passed(sys)?);
     thread::sleep(Duration::from_secs_f64(seconds));
-    let after = sys.get("pages_scanned")?;
+    let after = passed(sys)?;
     Ok(((after - before) as f64, start.elapsed().as_secs_f64()))
+}
+
+/// Waits until the scan came by `pages` more pages.
+fn until_passed(ctx: &Ctx, pages: u64, seconds: f64) -> Result<()> {
+    let sys = ctx.sys();
+    let before = passed(&sys)?;
+    ctx.until(&format!("{pages} pages more"), seconds, || {
+        let seen = passed(&sys)? - before;
+        Ok((seen >= pages, seen.to_string()))
+    })
 }
 
 /// A guest large enough that one pass takes a while, and the scanner without other ceilings.
@@ -1135,10 +1158,9 @@ fn pace_change(ctx: &Ctx) -> Result<()> {
             0.0,
             128.0,
         )?;
-        let before = sys.get("pages_scanned")?;
         sys.set("scan_pages_per_sec", 0)?;
         // At 1 a second this would take hours: the sleep must have been cut short.
-        ctx.until_least("pages_scanned", before + 5000, 2.0)
+        until_passed(ctx, 5000, 2.0)
             .with_context(|| format!("round {round}: after the ceiling went"))?;
         sys.set("scan_pages_per_sec", 1)?;
         thread::sleep(Duration::from_millis(100));
@@ -1149,10 +1171,8 @@ fn pace_change(ctx: &Ctx) -> Result<()> {
     thread::sleep(Duration::from_millis(200));
     let (pages, _) = scanned_in(&sys, 1.0)?;
     within("pages in a second at a pass a day", pages, 0.0, 128.0)?;
-    let before = sys.get("pages_scanned")?;
     sys.flat_out()?;
-    ctx.until_least("pages_scanned", before + 5000, 2.0)
-        .context("after the period was shortened")
+    until_passed(ctx, 5000, 2.0).context("after the period was shortened")
 }
 
 fn pace_cpu(ctx: &Ctx) -> Result<()> {
@@ -1162,18 +1182,15 @@ fn pace_cpu(ctx: &Ctx) -> Result<()> {
     for percent in [5.0, 20.0] {
         sys.set("scan_cpu_max_percent", percent as u64)?;
         thread::sleep(Duration::from_millis(300));
-        let (start, cpu, pages) = (
-            Instant::now(),
-            sys.get("scan_cpu_ms")?,
-            sys.get("pages_scanned")?,
-        );
+        let (start, cpu, pages) = (Instant::now(), sys.get("scan_cpu_ms")?, passed(&sys)?);
         thread::sleep(Duration::from_secs(3));
         let used = (sys.get("scan_cpu_ms")? - cpu) as f64;
         let wall = start.elapsed().as_secs_f64() * 1000.0;
         println!("ceiling {percent} %: {:.1} %", used * 100.0 / wall);
-        // A batch and a tick of the clock more than the share.
-        within("CPU ms", used, 0.0, wall * percent / 100.0 * 1.2 + 20.0)?;
-        that("the scan went on", sys.get("pages_scanned")? > pages)?;
+        // A batch and a tick of the clock more than the share, more where clocks are coarse.
+        let slack = if ctx.setup.patience > 2.0 { 1.5 } else { 1.2 };
+        within("CPU ms", used, 0.0, wall * percent / 100.0 * slack + 20.0)?;
+        that("the scan went on", passed(&sys)? > pages)?;
     }
     Ok(())
 }
@@ -1238,12 +1255,9 @@ fn full_scans(ctx: &Ctx) -> Result<()> {
     let sys = ctx.sys();
     sys.flat_out()?;
     ctx.passes(1)?;
-    let (scans, pages) = (sys.get("full_scans")?, sys.get("pages_scanned")?);
+    let (scans, pages) = (sys.get("full_scans")?, passed(&sys)?);
     ctx.until_least("full_scans", scans + 10, SOON)?;
-    let (scans, pages) = (
-        sys.get("full_scans")? - scans,
-        sys.get("pages_scanned")? - pages,
-    );
+    let (scans, pages) = (sys.get("full_scans")? - scans, passed(&sys)? - pages);
     sys.set("run", 0)?;
     // Whole passes over 1000 pages, and at most one more that was under way at either end.
     within(

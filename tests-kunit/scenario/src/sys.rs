@@ -581,6 +581,10 @@ pub struct LoopDisk {
 impl LoopDisk {
     /// Makes one of `bytes` over a file in `dir`.
     pub fn new(dir: &Path, bytes: u64) -> Result<LoopDisk> {
+        if !Path::new("/dev/loop-control").exists() {
+            // Where the driver is no module, or there is no modprobe, the open below says so.
+            let _tried = process::Command::new("modprobe").arg("loop").output();
+        }
         let control = File::options()
             .read(true)
             .write(true)
