@@ -204,3 +204,99 @@ impl Counts {
 pub const fn pages_to_kb(pages: u64) -> u64 {
     pages.saturating_mul(4)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn class() -> impl Strategy<Value = Class> {
+        prop::sample::select(&Class::ALL[..])
+    }
+
+    #[test]
+    fn figures_are_in_kib() {
+        let counts = Counts {
+            pages: [1, 2, 3, 4, 5, 6, 7],
+        };
+        assert_eq!(
+            (counts.empty_kb(), counts.zero_kb(), counts.private_kb()),
+            (4, 8, 12)
+        );
+        assert_eq!((counts.shared_kb(), counts.huge_kb()), (16, 20));
+        assert_eq!((counts.compressed_kb(), counts.swapped_kb()), (24, 28));
+        assert_eq!(
+            (counts.size_kb(), counts.resident_kb(9)),
+            (112, 12 + 20 + 9)
+        );
+        let huge = Counts {
+            pages: [u64::MAX; CLASSES],
+        };
+        assert_eq!(
+            (huge.total(), huge.size_kb(), huge.resident_kb(1)),
+            (u64::MAX, u64::MAX, u64::MAX)
+        );
+    }
+
+    #[test]
+    fn a_move_that_is_not_possible_says_why() {
+        let mut counts = Counts::new();
+        counts.add_empty(3).unwrap();
+        let refused = BadMove {
+            class: Class::Empty,
+            has: 3,
+            asked: 4,
+        };
+        assert_eq!(
+            counts.transition(Class::Empty, Class::Zero, 4),
+            Err(refused)
+        );
+        assert_eq!(counts.remove_empty(4), Err(refused));
+        counts.pages[Class::Zero as usize] = u64::MAX;
+        let refused = BadMove {
+            class: Class::Zero,
+            has: u64::MAX,
+            asked: 1,
+        };
+        assert_eq!(
+            counts.transition(Class::Empty, Class::Zero, 1),
+            Err(refused)
+        );
+        assert_eq!(counts.get(Class::Empty), 3);
+    }
+
+    proptest! {
+        #[test]
+        fn pages_are_neither_lost_nor_made(
+            size in 0u64..1000,
+            moves in prop::collection::vec((class(), class(), 0u64..300), 0..200),
+        ) {
+            let mut counts = Counts::new();
+            counts.add_empty(size).unwrap();
+            for (from, to, n) in moves {
+                let before = counts;
+                let moved = counts.transition(from, to, n);
+                prop_assert_eq!(moved.is_ok(), before.get(from) >= n);
+                for class in Class::ALL {
+                    let mut expected = before.get(class);
+                    if moved.is_ok() && class == from {
+                        expected -= n;
+                    }
+                    if moved.is_ok() && class == to {
+                        expected += n;
+                    }
+                    prop_assert_eq!(counts.get(class), expected);
+                }
+                prop_assert_eq!(counts.total(), size);
+                let parts = Class::ALL.iter().map(|&class| counts.kb(class)).sum::<u64>();
+                prop_assert_eq!(parts, counts.size_kb());
+            }
+            let mut twice = counts;
+            twice.add(&counts);
+            prop_assert_eq!(twice.total(), 2 * size);
+            let empty = counts.get(Class::Empty);
+            prop_assert!(counts.remove_empty(empty).is_ok());
+            prop_assert_eq!(counts.total(), size - empty);
+        }
+    }
+}

@@ -326,3 +326,184 @@ impl<S: RecordStore> Records<S> {
         (from..end).find(|&id| self.live(id).is_some())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    #[derive(Default)]
+    struct Pages(Vec<Box<RecordPage>>);
+
+    impl RecordStore for Pages {
+        fn len(&self) -> usize {
+            self.0.len()
+        }
+
+        fn page(&self, i: usize) -> Option<&RecordPage> {
+            self.0.get(i).map(|page| &**page)
+        }
+
+        fn page_mut(&mut self, i: usize) -> Option<&mut RecordPage> {
+            self.0.get_mut(i).map(|page| &mut **page)
+        }
+    }
+
+    fn with_pages(pages: usize) -> Records<Pages> {
+        let mut records = Records::new(Pages::default());
+        records.store_mut().0.resize_with(pages, Box::default);
+        records
+    }
+
+    #[test]
+    fn fields_do_not_touch_each_other() {
+        for sharers in [1, 2, 65_536, SHARERS_MAX] {
+            for pfn in [0, 1, PFN_MAX] {
+                let record = Record::frame(pfn, sharers);
+                assert_eq!((record.form(), record.sharers()), (Form::Frame, sharers));
+                assert_eq!(record.payload(), pfn);
+                assert_eq!(record.with_sharers(7), Record::frame(pfn, 7));
+            }
+        }
+        let next = u64::from(u32::MAX) + 1;
+        assert_eq!(
+            (Record::free(next).form(), Record::free(next).payload()),
+            (Form::Free, next)
+        );
+    }
+
+    #[test]
+    fn nothing_without_pages() {
+        let mut records = with_pages(0);
+        assert!(records.wants_page());
+        assert_eq!(records.alloc(1, 2), None);
+        assert_eq!(
+            (records.len(), records.bytes(), records.next_live(0)),
+            (0, 0, None)
+        );
+    }
+
+    #[test]
+    fn what_a_record_cannot_hold_is_refused() {
+        let mut records = with_pages(1);
+        assert_eq!(records.alloc(PFN_MAX + 1, 2), None);
+        assert_eq!(records.alloc(1, 0), None);
+        assert_eq!(records.alloc(1, SHARERS_MAX + 1), None);
+        assert!(records.is_empty());
+        let id = records.alloc(PFN_MAX, SHARERS_MAX).unwrap();
+        assert_eq!(records.add_sharer(id, u32::MAX), Err(Full));
+        assert_eq!(
+            records.get(id),
+            Some(Shared {
+                pfn: PFN_MAX,
+                sharers: SHARERS_MAX
+            })
+        );
+    }
+
+    #[test]
+    fn unknown_ids_are_told() {
+        let mut records = with_pages(1);
+        let id = records.alloc(9, 1).unwrap();
+        assert_eq!(records.drop_sharer(id), Ok(Dropped::Last { pfn: 9 }));
+        for id in [id, id + 1, 512, u32::MAX] {
+            assert_eq!(records.get(id), None);
+            assert_eq!(records.add_sharer(id, 9), Err(Full));
+            assert_eq!(records.drop_sharer(id), Err(Unknown));
+            assert_eq!(records.take_last(id), None);
+        }
+        assert_eq!(
+            (records.len(), records.sharers(), records.pages_sharing()),
+            (0, 0, 0)
+        );
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Page,
+        Alloc { pfn: u64, sharers: u32 },
+        Add { pick: usize, max: u32 },
+        Drop { pick: usize },
+        TakeLast { pick: usize },
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            1 => Just(Op::Page),
+            20 => (0..=PFN_MAX, 1u32..4).prop_map(|(pfn, sharers)| Op::Alloc { pfn, sharers }),
+            10 => (any::<usize>(), 1u32..6).prop_map(|(pick, max)| Op::Add { pick, max }),
+            20 => any::<usize>().prop_map(|pick| Op::Drop { pick }),
+            5 => any::<usize>().prop_map(|pick| Op::TakeLast { pick }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_the_model(ops in prop::collection::vec(op(), 1..2000)) {
+            let mut records = with_pages(0);
+            let mut model: HashMap<u32, Shared> = HashMap::new();
+            for op in ops {
+                let picked = |pick: usize| {
+                    let mut ids: Vec<u32> = model.keys().copied().collect();
+                    ids.sort_unstable();
+                    (!ids.is_empty()).then(|| ids[pick % ids.len()])
+                };
+                match op {
+                    Op::Page => records.store_mut().0.push(Box::default()),
+                    Op::Alloc { pfn, sharers } => {
+                        let full = records.wants_page();
+                        prop_assert_eq!(full, model.len() == records.store.0.len() * 512);
+                        let id = records.alloc(pfn, sharers);
+                        prop_assert_eq!(id.is_none(), full);
+                        if let Some(id) = id {
+                            let old = model.insert(id, Shared { pfn, sharers });
+                            prop_assert_eq!(old, None, "a record in use given out");
+                        }
+                    }
+                    Op::Add { pick, max } => if let Some(id) = picked(pick) {
+                        let shared = model.get_mut(&id).unwrap();
+                        if shared.sharers < max {
+                            shared.sharers += 1;
+                            prop_assert_eq!(records.add_sharer(id, max), Ok(shared.sharers));
+                        } else {
+                            prop_assert_eq!(records.add_sharer(id, max), Err(Full));
+                        }
+                    },
+                    Op::Drop { pick } => if let Some(id) = picked(pick) {
+                        let shared = model.get_mut(&id).unwrap();
+                        shared.sharers -= 1;
+                        let Shared { pfn, sharers } = *shared;
+                        let dropped = if sharers > 0 {
+                            Dropped::Left(sharers)
+                        } else {
+                            model.remove(&id);
+                            Dropped::Last { pfn }
+                        };
+                        prop_assert_eq!(records.drop_sharer(id), Ok(dropped));
+                    },
+                    Op::TakeLast { pick } => if let Some(id) = picked(pick) {
+                        let last = (model[&id].sharers == 1).then_some(model[&id].pfn);
+                        if last.is_some() {
+                            model.remove(&id);
+                        }
+                        prop_assert_eq!(records.take_last(id), last);
+                    },
+                }
+                let sharers = model.values().map(|shared| u64::from(shared.sharers)).sum::<u64>();
+                prop_assert_eq!(records.len(), model.len() as u64);
+                prop_assert_eq!(records.sharers(), sharers);
+                prop_assert_eq!(records.pages_sharing(), sharers - model.len() as u64);
+                prop_assert_eq!(records.free() + records.len(), records.store.0.len() as u64 * 512);
+            }
+            let mut live = Vec::new();
+            let mut from = 0;
+            while let Some(id) = records.next_live(from) {
+                prop_assert_eq!(records.get(id), model.get(&id).copied());
+                live.push(id);
+                from = id + 1;
+            }
+            prop_assert_eq!(live.len(), model.len());
+        }
+    }
+}

@@ -244,3 +244,174 @@ pub const KNOBS: &[Knob] = &[
     Knob::new("idle_tax_percent", 0, 99, 75),
     Knob::new("minfree_kb", 0, KB_MAX, 0),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn numbers() {
+        let parse = |bytes: &[u8]| parse_u64(bytes, 2, 1 << 20);
+        assert_eq!(parse(b"2"), Ok(2));
+        assert_eq!(parse(b"1048576\n"), Ok(1 << 20));
+        assert_eq!(parse(b"0007"), Ok(7));
+        for bad in [
+            "", "\n", "7\n\n", "+7", "-7", " 7", "7 ", "0x7", "7k", "7.0", "seven", "7\0",
+        ] {
+            assert_eq!(parse(bad.as_bytes()), Err(BadValue::Invalid), "{bad:?}");
+        }
+        for bad in [
+            "1",
+            "1048577",
+            "18446744073709551616",
+            "99999999999999999999999999",
+        ] {
+            assert_eq!(parse(bad.as_bytes()), Err(BadValue::Range), "{bad:?}");
+        }
+        assert_eq!(parse(b"\xff"), Err(BadValue::Invalid));
+        assert_eq!(
+            parse_u64(b"18446744073709551615", 0, u64::MAX),
+            Ok(u64::MAX)
+        );
+    }
+
+    #[test]
+    fn words() {
+        for (i, word) in ShareScope::WORDS.iter().enumerate() {
+            assert_eq!(parse_word(word.as_bytes(), &ShareScope::WORDS), Ok(i));
+            let scope = ShareScope::from_index(i).unwrap();
+            assert_eq!((scope.index(), scope.as_str()), (i, *word));
+            assert_eq!(
+                ShareScope::parse(std::format!("{word}\n").as_bytes()),
+                Ok(scope)
+            );
+        }
+        for bad in ["", "Vm", "vm ", "host\n\n", "[vm]", "domai", "domains"] {
+            assert_eq!(
+                ShareScope::parse(bad.as_bytes()),
+                Err(BadValue::Invalid),
+                "{bad:?}"
+            );
+        }
+        assert_eq!(ShareScope::from_index(3), None);
+        assert_eq!(ShareScope::default(), ShareScope::Domain);
+    }
+
+    #[test]
+    fn run_modes() {
+        for mode in RunMode::ALL {
+            assert_eq!(RunMode::parse(mode.as_str().as_bytes()), Ok(mode));
+            assert_eq!(RunMode::from_index(mode.index()), Some(mode));
+        }
+        assert_eq!(RunMode::parse(b"3\n"), Err(BadValue::Range));
+        assert_eq!(RunMode::parse(b"run"), Err(BadValue::Invalid));
+        assert_eq!(RunMode::default(), RunMode::Run);
+    }
+
+    #[test]
+    fn names() {
+        let longest = "n".repeat(NAME_MAX);
+        for good in [
+            "web1",
+            "1-web1",
+            "...",
+            "a b",
+            "-",
+            "größe",
+            longest.as_str(),
+        ] {
+            assert_eq!(parse_name(good.as_bytes()), Ok(good));
+        }
+        for bad in ["", ".", "..", "a/b", "a\n", "\u{7f}", "a\u{85}b", "a\0"] {
+            assert_eq!(
+                parse_name(bad.as_bytes()),
+                Err(BadValue::Invalid),
+                "{bad:?}"
+            );
+        }
+        assert_eq!(parse_name(b"\xc3"), Err(BadValue::Invalid));
+        assert_eq!(parse_name(&[b'n'; NAME_MAX + 1]), Err(BadValue::Range));
+        assert_eq!(without_newline(b"lab\n"), b"lab");
+        assert_eq!(without_newline(b"lab\n\n"), b"lab\n");
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size(b"4096"), Ok(4096));
+        assert_eq!(
+            (parse_size(b"1k"), parse_size(b"1K")),
+            (Ok(1 << 10), Ok(1 << 10))
+        );
+        assert_eq!(
+            (parse_size(b"512M"), parse_size(b"2g")),
+            (Ok(512 << 20), Ok(2 << 30))
+        );
+        assert_eq!(parse_size(b"16777215T"), Ok(((1 << 24) - 1) << 40));
+        assert_eq!(parse_size(b"16777216t"), Err(BadValue::Range));
+        for bad in [
+            "", "M", "50%", "1.5G", "1 G", "1GB", "1G\n", "-1", "0x10", "1P",
+        ] {
+            assert_eq!(
+                parse_size(bad.as_bytes()),
+                Err(BadValue::Invalid),
+                "{bad:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn knobs_take_their_bounds_and_defaults() {
+        let mut seen = HashSet::new();
+        for knob in KNOBS {
+            assert!(seen.insert(knob.name), "{} twice", knob.name);
+            for value in [knob.min, knob.default, knob.max] {
+                assert_eq!(knob.parse(std::format!("{value}\n").as_bytes()), Ok(value));
+            }
+            if let Some(below) = knob.min.checked_sub(1) {
+                assert_eq!(
+                    knob.parse(below.to_string().as_bytes()),
+                    Err(BadValue::Range)
+                );
+            }
+            if let Some(above) = knob.max.checked_add(1) {
+                assert_eq!(
+                    knob.parse(above.to_string().as_bytes()),
+                    Err(BadValue::Range)
+                );
+            }
+            assert_eq!(Knob::find(knob.name), Some(knob));
+        }
+        assert_eq!(Knob::find("swap_dir"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_do_harm(bytes in prop::collection::vec(any::<u8>(), 0..300), min: u64, max: u64) {
+            if let Ok(value) = parse_u64(&bytes, min, max) {
+                prop_assert!(min <= value && value <= max);
+                let text = std::str::from_utf8(&bytes).unwrap();
+                prop_assert_eq!(text.trim_end_matches('\n').parse(), Ok(value));
+            }
+            let _ = parse_size(&bytes);
+            let _ = parse_word(&bytes, &ShareScope::WORDS);
+            if let Ok(name) = parse_name(&bytes) {
+                prop_assert_eq!(name.as_bytes(), &bytes[..]);
+            }
+        }
+
+        #[test]
+        fn numbers_read_as_std_does(text in "[0-9+ -]{0,22}") {
+            let plain = !text.contains(['+', ' ', '-']);
+            let parsed = parse_u64(text.as_bytes(), 0, u64::MAX);
+            prop_assert_eq!(parsed.ok(), text.parse().ok().filter(|_| plain));
+        }
+
+        #[test]
+        fn sizes_are_what_they_say(number in 0u64..1 << 24, suffix in prop::sample::select(&["", "k", "M", "g", "T"][..])) {
+            let shift = match suffix { "" => 0, "k" => 10, "M" => 20, "g" => 30, _ => 40 };
+            prop_assert_eq!(parse_size(std::format!("{number}{suffix}").as_bytes()), Ok(number << shift));
+        }
+    }
+}
