@@ -284,7 +284,7 @@ impl<const N: usize, const W: usize, const H: usize> Shelf<N, W, H> {
         true
     }
 
-    /// Takes an entry out. Places before `at` are left alone, so a walk from the end down may take.
+    /// Takes an entry out.
     fn take(&mut self, at: usize) -> Option<Item> {
         let item = self.get(at)?;
         let last = self.used().saturating_sub(1);
@@ -298,6 +298,23 @@ impl<const N: usize, const W: usize, const H: usize> Shelf<N, W, H> {
         }
         self.used = self.used.saturating_sub(1);
         Some(item)
+    }
+
+    /// Keeps the entries that `stays` says yes to.
+    #[inline]
+    fn retain(&mut self, mut stays: impl FnMut(&Item) -> bool) {
+        let (mut used, mut stables) = (0, 0);
+        for at in 0..self.used() {
+            let Some(item) = self.get(at).filter(|item| stays(item)) else {
+                continue;
+            };
+            if usize::from(used) != at {
+                self.put(used.into(), item);
+            }
+            used += 1;
+            stables += u8::from(item.stable);
+        }
+        (self.used, self.stables) = (used, stables);
     }
 
     /// Gives an entry the place of some hint.
@@ -831,7 +848,7 @@ impl<S: PageStore> Catalog<S> {
         let from = (column << self.level) | row;
         let to = ((column + 1) << self.level) | row;
         let columns = self.columns + 1;
-        self.lift(from, 0, &mut |item| {
+        self.lift(from, 0, |item| {
             if (u32::from(item.tag) * columns) >> 16 > column {
                 Fate::Moves
             } else {
@@ -870,7 +887,7 @@ impl<S: PageStore> Catalog<S> {
         let half = pair >> level;
         let both = [((2 * half) << level) | row, ((2 * half + 1) << level) | row];
         for (number, side) in both.into_iter().zip(0u8..) {
-            self.lift(number, side, &mut |item| {
+            self.lift(number, side, |item| {
                 let bits = if level < TAG_SHIFT {
                     let Some(bits) = owner_bits(item.entry()) else {
                         return Fate::Goes;
@@ -906,49 +923,40 @@ impl<S: PageStore> Catalog<S> {
     }
 
     /// Takes the entries of group `number` that move; those that go are forgotten.
-    fn lift(&mut self, number: u32, side: u8, fate: &mut dyn FnMut(&Item) -> Fate) {
+    fn lift(&mut self, number: u32, side: u8, mut fate: impl FnMut(&Item) -> Fate) {
         let home = place_in_page(number) as u8;
         let moved = &mut self.moved;
         let (mut gone, mut gone_stable) = (0u64, 0u64);
-        let mut decide = |item: &Item| match fate(item) {
-            Fate::Stays => false,
-            Fate::Moves => moved.push(Item {
+        let mut stays = |item: &Item| match fate(item) {
+            Fate::Stays => true,
+            Fate::Moves => !moved.push(Item {
                 home: side,
                 ..*item
             }),
             Fate::Goes => {
                 gone = gone.saturating_add(1);
                 gone_stable = gone_stable.saturating_add(item.stable.into());
-                true
+                false
             }
         };
         if let Some(page) = self.store.page_mut(page_of(number)) {
             let mut spilled = 0;
             if let Some(group) = page.group_mut(number) {
-                for at in (0..group.used()).rev() {
-                    if group.get(at).is_some_and(|item| decide(&item)) {
-                        group.take(at);
-                    }
-                }
+                group.retain(&mut stays);
                 spilled = group.spilled;
             }
             if spilled > 0 {
-                for at in (0..page.spill.used()).rev() {
-                    let item = page.spill.get(at).filter(|item| item.home == home);
-                    if item.is_some_and(|item| decide(&item)) {
-                        page.spill.take(at);
-                        page.add_spilled(number, -1);
-                    }
+                let before = page.spill.used;
+                page.spill.retain(|item| item.home != home || stays(item));
+                let after = spilled.saturating_sub(before.saturating_sub(page.spill.used));
+                if let Some(group) = page.group_mut(number) {
+                    group.spilled = after;
                 }
             }
         }
         for at in (0..self.stash.len).rev() {
-            let one = self
-                .stash
-                .as_slice()
-                .get(at)
-                .filter(|one| one.group == number);
-            if one.is_some_and(|one| decide(&one.item)) {
+            let one = self.stash.as_slice().get(at);
+            if one.is_some_and(|one| one.group == number && !stays(&one.item)) {
                 self.stash.swap_take(at);
             }
         }
@@ -957,44 +965,55 @@ impl<S: PageStore> Catalog<S> {
     }
 
     /// Gives each lifted entry a place in the other one of two groups, and keeps those that lost
-    /// theirs, at most one for each.
+    /// theirs, at most one for each. Those of the first group come first, as they were lifted.
     fn land(&mut self, both: [u32; 2]) {
-        let moved = core::mem::take(&mut self.moved.len);
-        for at in 0..moved {
-            let Some(item) = self.moved.items.get(at).copied() else {
-                break;
-            };
-            let number = if item.home == 0 { both[1] } else { both[0] };
-            let random = u32::from(item.tag).wrapping_mul(0x9e37_79b9) ^ item.id;
-            let page = self.store.page_mut(page_of(number));
-            let gone = match page.map_or(Settled::NoRoom, |page| page.settle(number, item, random))
-            {
-                Settled::Placed => continue,
-                Settled::Evicted(id) => Item {
-                    id,
-                    stable: false,
-                    ..item
-                },
-                Settled::NoRoom => {
-                    if item.stable
-                        && self.stash.push(Stashed {
+        let Self {
+            store,
+            stash,
+            moved,
+            ..
+        } = self;
+        let count = core::mem::take(&mut moved.len);
+        let (mut at, mut lost_stables) = (0, 0u64);
+        for (side, &number) in both.iter().rev().enumerate() {
+            let mut page = store.page_mut(page_of(number));
+            while at < count {
+                let next = moved
+                    .items
+                    .get(at)
+                    .filter(|item| usize::from(item.home) == side);
+                let Some(&item) = next else { break };
+                at += 1;
+                let random = u32::from(item.tag).wrapping_mul(0x9e37_79b9) ^ item.id;
+                let settled = page
+                    .as_deref_mut()
+                    .map(|page| page.settle(number, item, random));
+                let lost = match settled {
+                    Some(Settled::Placed) => continue,
+                    Some(Settled::Evicted(id)) => Item {
+                        id,
+                        stable: false,
+                        ..item
+                    },
+                    _ if item.stable
+                        && stash.push(Stashed {
                             group: number,
                             item,
-                        })
+                        }) =>
                     {
-                        continue;
+                        continue
                     }
-                    item
-                }
-            };
-            self.moved.push(gone);
-            self.uncount(gone.stable);
-        }
-        for number in both {
-            if let Some(page) = self.store.page_mut(page_of(number)) {
+                    _ => item,
+                };
+                moved.push(lost);
+                lost_stables = lost_stables.saturating_add(lost.stable.into());
+            }
+            if let Some(page) = page {
                 page.refill(number);
             }
         }
+        self.entries = self.entries.saturating_sub(self.moved.len as u64);
+        self.stables = self.stables.saturating_sub(lost_stables);
     }
 
     /// Gives stashed entries a free place in their groups.
