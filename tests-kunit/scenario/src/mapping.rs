@@ -126,6 +126,11 @@ pub const CASES: &[Case] = &[
         atomics,
     ),
     Case::both(
+        "mmap/hole-while-spinning",
+        "a hole reaches a process that makes no call",
+        hole_while_spinning,
+    ),
+    Case::both(
         "mmap/fault-race",
         "threads that fault one page at once agree",
         fault_race,
@@ -1168,4 +1173,55 @@ fn fault_race(ctx: &Ctx) -> Result<()> {
     println!("{round} rounds");
     that("there was a round", round > 0)?;
     ctx.expect_used("after the last hole", &mount, "web", 0)
+}
+
+/// What every merge relies on: when a page was taken from a process that runs in user mode on
+/// another CPU, that process no longer reaches it. User-Mode Linux on two CPUs fails this with
+/// tmpfs as well, because it changes a running process's mappings at its next kernel entry only.
+fn hole_while_spinning(ctx: &Ctx) -> Result<()> {
+    let mount = ctx.mount("m", "size=16M")?;
+    let file = mount.file("web", "ram", 1)?;
+    let turns = Map::anonymous(PAGE)?;
+    let rounds = 300u64;
+    let stop = u64::MAX;
+    let mut child = sys::fork(|| {
+        let map = Map::shared(&file, 0, PAGE, RW)?;
+        let mut stale = 0;
+        for round in 1..=rounds {
+            map.set(0, 0, round);
+            turns.set(0, 0, round);
+            // No system call from here until the word was read.
+            loop {
+                match turns.get(0, 1) {
+                    turn if turn == round => break,
+                    turn if turn == stop => return Ok(()),
+                    _ => std::hint::spin_loop(),
+                }
+            }
+            if map.get(0, 0) != 0 {
+                stale += 1;
+            }
+        }
+        eq(
+            format!("of {rounds} holes, those that left the old page in reach"),
+            stale,
+            0,
+        )
+    })?;
+    let punch_all = || -> Result<()> {
+        for round in 1..=rounds {
+            ctx.until("the child's word", 10.0, || {
+                let seen = turns.get(0, 0);
+                Ok((seen == round, format!("round {seen} in {round}")))
+            })?;
+            sys::punch(&file, 0, PAGE as u64)?;
+            turns.set(0, 1, round);
+        }
+        Ok(())
+    };
+    let punched = punch_all();
+    if punched.is_err() {
+        turns.set(0, 1, stop);
+    }
+    child.expect_ok(ctx.limit(10.0)).and(punched)
 }
