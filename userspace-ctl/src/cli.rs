@@ -58,6 +58,38 @@ pub enum Command {
         #[arg(allow_negative_numbers = true)]
         value: String,
     },
+    /// Drive the guests' balloons by the configured policies, until SIGTERM; SIGHUP reads the
+    /// configuration again.
+    Daemon {
+        /// The configuration; /etc/thinram/thinram.toml below the root where none is given.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// Only say what would be ordered.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Show the guests as the daemon sees them.
+    Guests,
+    /// Size a VM by hand, and keep that until it is released.
+    Balloon {
+        /// Name of the VM in the configuration.
+        vm: String,
+        /// Its size, with a unit, within its bounds.
+        size: String,
+        /// The configuration, for use without a daemon.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// Leave a VM to its policy again that was sized by hand or moved by somebody else.
+    Release {
+        /// Name of the VM in the configuration.
+        vm: String,
+    },
+    /// Show the daemon's last decisions about a VM, and why.
+    Explain {
+        /// Name of the VM in the configuration.
+        vm: String,
+    },
     /// Check a configuration.
     Check {
         /// The file; /etc/thinram/thinram.toml below the root where none is given.

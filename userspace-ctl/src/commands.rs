@@ -13,14 +13,19 @@ use std::thread;
 use std::time::Duration;
 use thinramctl::cli::{Cli, Command, VmCommand};
 use thinramctl::config::{self, Config};
+use thinramctl::daemon::api::{self, ApiError, Request};
+use thinramctl::daemon::{self, Options};
+use thinramctl::guests::{render_decisions, render_guests};
 use thinramctl::host::{knob_json, Host, HostFigures};
 use thinramctl::knobs::{nearest, Knob, Scope};
 use thinramctl::plan::render as render_plan;
 use thinramctl::policy::{self, Asked};
+use thinramctl::qmp::{Balloon, Client};
 use thinramctl::snapshot::Snapshot;
 use thinramctl::status::{render_vm, Status, VmDetail};
 use thinramctl::sysfs::{Dir, Error};
 use thinramctl::text::escape;
+use thinramctl::units;
 use thinramctl::vm::{Vm, VmFigures, VmName};
 
 /// Figures of the host that are not in its struct of numbers.
@@ -34,6 +39,26 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Set { name, value } => set(cli, None, name, value),
         Command::Check { config } => check(cli, config.as_deref()),
         Command::Plan { config, snapshot } => plan(cli, config.as_deref(), snapshot),
+        Command::Daemon { config, dry_run } => {
+            let config = config_path(cli, config.as_deref());
+            let options = Options {
+                root: cli.root.clone(),
+                config,
+                dry_run: *dry_run,
+            };
+            Ok(daemon::run(options)?)
+        }
+        Command::Balloon { vm, size, config } => balloon(cli, vm, size, config.as_deref()),
+        Command::Release { vm } => {
+            let request = Request::Release { vm: vm.clone() };
+            done(
+                cli,
+                &request,
+                &format!("{} is left to its policy", escape(vm.as_bytes())),
+            )
+        }
+        Command::Explain { vm } => explain(cli, vm),
+        Command::Guests => guests(cli),
         Command::Vm(VmCommand::List) => list(cli),
         Command::Vm(VmCommand::Show { vm }) => show(cli, vm),
         Command::Vm(VmCommand::Get { vm, name }) => get(cli, &Target::vm(cli, vm)?, name),
@@ -354,5 +379,74 @@ fn plan(cli: &Cli, given: Option<&Path>, snapshot: &Path) -> anyhow::Result<()> 
         output::print_json(&plan, false)
     } else {
         output::print(&render_plan(&plan, &snapshot, output::width()))
+    }
+}
+
+/// How long QEMU may take to answer when it is asked without a daemon.
+const QMP_LIMIT: Duration = Duration::from_secs(5);
+
+/// Asks the daemon for something that has no answer but that it is done.
+fn done(cli: &Cli, request: &Request, said: &str) -> anyhow::Result<()> {
+    let answer = api::ask(&cli.root, request)?;
+    if cli.json {
+        output::print_json(&answer, false)
+    } else {
+        output::print(&format!("{said}\n"))
+    }
+}
+
+fn balloon(cli: &Cli, vm: &str, size: &str, config: Option<&Path>) -> anyhow::Result<()> {
+    let kb = units::parse_kb(size).map_err(|error| Usage(error.to_string()))?;
+    if size.ends_with(|c: char| c.is_ascii_digit()) {
+        return Err(Usage(format!("`{size}` has no unit: write {size}M or {size}G")).into());
+    }
+    let request = Request::Balloon {
+        vm: vm.to_owned(),
+        kb,
+    };
+    let name = escape(vm.as_bytes());
+    match done(
+        cli,
+        &request,
+        &format!("{name} shall have {} and keeps it", units::exact_kb(kb)),
+    ) {
+        Err(error) if matches!(error.downcast_ref(), Some(ApiError::NotRunning(_))) => {}
+        outcome => return outcome,
+    }
+    // Without a daemon QEMU is told directly, and nobody keeps what it is told.
+    let config = Config::load(&config_path(cli, config))?;
+    let Some(vm) = config.vm(vm) else {
+        bail!("no VM named {name} is configured")
+    };
+    api::within_bounds(vm, kb).map_err(ApiError::Refused)?;
+    let Some(socket) = &vm.qmp else {
+        bail!("the daemon does not run, and the configuration names no qmp socket for {name}")
+    };
+    Balloon::open(Client::connect(socket, QMP_LIMIT)?, 2)?.set_kb(kb)?;
+    if cli.json {
+        output::print_json(&serde_json::json!({}), false)
+    } else {
+        output::print(&format!(
+            "{name} was told to have {}\n",
+            units::exact_kb(kb)
+        ))
+    }
+}
+
+fn guests(cli: &Cli) -> anyhow::Result<()> {
+    let report = api::ask(&cli.root, &Request::Status)?;
+    if cli.json {
+        output::print_json(&report, false)
+    } else {
+        output::print(&render_guests(&report, output::width()))
+    }
+}
+
+fn explain(cli: &Cli, vm: &str) -> anyhow::Result<()> {
+    let answer = api::ask(&cli.root, &Request::Explain { vm: vm.to_owned() })?;
+    if cli.json {
+        output::print_json(&answer, false)
+    } else {
+        output::print(&render_decisions(&answer, output::width()))
     }
 }

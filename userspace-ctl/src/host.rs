@@ -37,6 +37,12 @@ figures! {
         pages_skipped,
         /// Shared and zero pages that were written and copied.
         cow_breaks,
+        /// Write faults on pages that the scanner had protected.
+        protect_faults,
+        /// Faults and scans that had to wait for memory.
+        waits_for_memory,
+        /// Times that the scanner made way for a fault.
+        scan_yields,
         /// Memory of the module's own bookkeeping, in bytes.
         metadata_bytes,
         /// CPU time of the scanner, in ms.

@@ -8,7 +8,9 @@
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod daemon;
 mod figures;
+pub mod guests;
 pub mod host;
 pub mod knobs;
 pub mod plan;

@@ -320,6 +320,7 @@ pub fn render_vm(vm: &Vm, host: &Host, width: usize) -> String {
         "faults",
         "refaults",
         "cow_breaks",
+        "protect_faults",
         "decompressions",
         "swap_ins",
         "swap_outs",

@@ -42,6 +42,10 @@ figures! {
         active_kb,
         /// What the VM saves by sharing; where the module tells it.
         saved_kb,
+        /// Pages that were checked and are unique.
+        pages_unshared,
+        /// Pages that changed since the last pass.
+        pages_volatile,
         /// Faults served.
         faults,
         /// Faults on pages that a sample or reclaim had taken away.
@@ -56,6 +60,10 @@ figures! {
         swap_outs,
         /// Time that faults waited, in us.
         stall_us,
+        /// Write faults on pages that the scanner had protected.
+        protect_faults,
+        /// Mappings of the memory.
+        mappings,
         /// Process that maps the memory.
         owner_pid,
     }

@@ -3,10 +3,10 @@
 //! What the loop remembers about one guest.
 //!
 //! `ordered_kb` is what its balloon was last told, or what it was when it was first seen. While
-//! `reached` is false the guest is on its way there from `start_kb`.
+//! `reached` is false the guest is on its way there, somewhere between `low_kb` and `high_kb`.
 
 use super::{
-    Safety, Seen, FOREIGN_KB, HOLD_S, INACTIVE_S, PEACE_S, RETRY_S, STRESS_REFAULTS,
+    Safety, Seen, FOREIGN_KB, HOLD_S, INACTIVE_S, NEWS_S, PEACE_S, RETRY_S, STRESS_REFAULTS,
     STRESS_SWAP_KB, TOLERANCE_KB, UNCOOPERATIVE_S, WATCH_S,
 };
 use serde::Serialize;
@@ -91,8 +91,11 @@ struct Taken {
 pub struct Guest {
     current_kb: u64,
     ordered_kb: u64,
-    start_kb: u64,
+    /// All that its way can lead through: where it was, what it was told before, what it is told.
+    low_kb: u64,
+    high_kb: u64,
     reached: bool,
+    ordered_s: f64,
     /// Least distance to what was ordered, and when it was last made less.
     nearest_kb: u64,
     progress_s: f64,
@@ -115,13 +118,16 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A guest that is seen for the first time: what it has is what it shall have.
-    pub(super) fn new(current_kb: u64) -> Self {
+    /// A guest that is seen for the first time: what it has is what it shall have. It may still be on
+    /// its way from anywhere to anywhere.
+    pub(super) fn new(now_s: f64, current_kb: u64) -> Self {
         Self {
             current_kb,
             ordered_kb: current_kb,
-            start_kb: current_kb,
+            low_kb: 0,
+            high_kb: u64::MAX,
             reached: true,
+            ordered_s: now_s,
             nearest_kb: 0,
             progress_s: 0.0,
             conduct: Conduct::Settled,
@@ -201,22 +207,22 @@ impl Guest {
         }
     }
 
-    /// Takes in what it did since the last look; an answer is an order that takes back what it did
-    /// not grow into.
+    /// Takes in what it did since the last look; an answer is an order that follows from that alone,
+    /// and why.
     pub(super) fn observe(
         &mut self,
         now_s: f64,
         seen: &Seen,
         current_kb: u64,
         safety: &Safety,
-    ) -> Option<u64> {
+    ) -> Option<(u64, &'static str)> {
         let before = std::mem::replace(&mut self.current_kb, current_kb);
         self.swap_in_kb = seen.swap_in_kb;
         self.refaults = seen.refaults;
         self.tally.added_kb += current_kb.saturating_sub(before);
         self.tally.removed_kb += before.saturating_sub(current_kb);
 
-        if self.was_moved_by_others() {
+        if self.was_moved_by_others(now_s) {
             self.settle_at(current_kb);
             self.conduct = if safety.respect {
                 Conduct::Held
@@ -236,27 +242,36 @@ impl Guest {
     }
 
     /// Whether it is where neither its orders nor its way there can have brought it.
-    fn was_moved_by_others(&self) -> bool {
+    fn was_moved_by_others(&self, now_s: f64) -> bool {
         let (current, ordered) = (self.current_kb, self.ordered_kb);
-        if self.reached {
-            return current.abs_diff(ordered) > FOREIGN_KB;
-        }
-        let (low, high) = (self.start_kb.min(ordered), self.start_kb.max(ordered));
-        let outside = current + FOREIGN_KB < low || current > high.saturating_add(FOREIGN_KB);
+        let outside = current.saturating_add(FOREIGN_KB) < self.low_kb
+            || current > self.high_kb.saturating_add(FOREIGN_KB);
         let went_back = current.abs_diff(ordered) > self.nearest_kb.saturating_add(FOREIGN_KB);
-        outside || went_back
+        outside || went_back && !self.is_news_old(now_s)
     }
 
-    fn watch_progress(&mut self, now_s: f64, safety: &Safety) -> Option<u64> {
+    /// Whether what is seen may be from before the last order.
+    fn is_news_old(&self, now_s: f64) -> bool {
+        now_s - self.ordered_s < NEWS_S
+    }
+
+    fn watch_progress(&mut self, now_s: f64, safety: &Safety) -> Option<(u64, &'static str)> {
+        let distance = self.current_kb.abs_diff(self.ordered_kb);
+        if self.reached && distance > TOLERANCE_KB && self.is_news_old(now_s) {
+            // It was called there by old news.
+            self.reached = false;
+            self.nearest_kb = distance;
+            self.conduct = Conduct::Moving;
+        }
         if self.reached {
             if matches!(self.conduct, Conduct::Inactive | Conduct::Uncooperative) {
                 return self.wait_out(now_s, safety);
             }
             return None;
         }
-        let distance = self.current_kb.abs_diff(self.ordered_kb);
         if distance <= TOLERANCE_KB {
             self.reached = true;
+            self.nearest_kb = 0;
             self.conduct = Conduct::Settled;
             self.pause_s = RETRY_S.0;
             return None;
@@ -272,16 +287,22 @@ impl Guest {
             self.conduct = Conduct::Inactive;
             // What it was given and did not take must not be promised for ever.
             if self.ordered_kb > self.current_kb && safety.stall {
-                self.settle_at(self.current_kb);
+                self.ordered_kb = self.current_kb;
+                self.ordered_s = now_s;
+                self.nearest_kb = 0;
+                self.reached = true;
                 self.tally.orders += 1;
-                return Some(self.current_kb);
+                return Some((
+                    self.current_kb,
+                    "it does not grow: others get what it does not take",
+                ));
             }
         }
         self.wait_out(now_s, safety)
     }
 
     /// Passes from inactive to uncooperative, and from there to the next try.
-    fn wait_out(&mut self, now_s: f64, safety: &Safety) -> Option<u64> {
+    fn wait_out(&mut self, now_s: f64, safety: &Safety) -> Option<(u64, &'static str)> {
         if self.conduct == Conduct::Inactive && now_s - self.progress_s >= UNCOOPERATIVE_S {
             self.conduct = Conduct::Uncooperative;
             self.retry_s = now_s + self.pause_s;
@@ -289,9 +310,15 @@ impl Guest {
                 self.pause_s = (self.pause_s * 2.0).min(RETRY_S.1);
             }
         } else if self.conduct == Conduct::Uncooperative && now_s >= self.retry_s {
-            // The next decision orders anew, from where the guest is.
-            self.settle_at(self.current_kb);
-            self.conduct = Conduct::Settled;
+            self.conduct = if self.reached {
+                Conduct::Settled
+            } else {
+                Conduct::Moving
+            };
+            self.progress_s = now_s;
+            self.ordered_s = now_s;
+            self.tally.orders += 1;
+            return Some((self.ordered_kb, "it did not move, and is told again"));
         }
         None
     }
@@ -318,7 +345,7 @@ impl Guest {
     /// What it has is what it shall have.
     fn settle_at(&mut self, kb: u64) {
         self.ordered_kb = kb;
-        self.start_kb = kb;
+        (self.low_kb, self.high_kb) = (kb, kb);
         self.nearest_kb = 0;
         self.reached = true;
         self.grant_to_kb = None;
@@ -404,8 +431,13 @@ impl Guest {
         if kb == self.ordered_kb {
             return None;
         }
-        self.start_kb = self.current_kb;
+        if self.reached && !self.is_news_old(now_s) {
+            (self.low_kb, self.high_kb) = (self.current_kb, self.current_kb);
+        }
+        self.low_kb = self.low_kb.min(kb).min(self.current_kb);
+        self.high_kb = self.high_kb.max(kb).max(self.current_kb);
         self.ordered_kb = kb;
+        self.ordered_s = now_s;
         self.nearest_kb = self.current_kb.abs_diff(kb);
         self.reached = false;
         self.progress_s = now_s;

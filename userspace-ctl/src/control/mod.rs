@@ -43,6 +43,8 @@ pub const STRESS_REFAULTS: u64 = 4096;
 pub const TOLERANCE_KB: u64 = 1 << 10;
 /// Movement away from what was ordered that only somebody else can have caused.
 const FOREIGN_KB: u64 = 8 << 10;
+/// How old the news of a guest may be, in seconds: so long it may seem to go the old way.
+const NEWS_S: f64 = 3.0;
 /// Least and relative change that is worth an order.
 const DEAD_BAND: (u64, u64) = (16 << 10, 64);
 /// Unit of the largest change in one step, and its parts of a guest's size when taking and giving.
@@ -240,7 +242,7 @@ impl Controller {
             let guest = self
                 .guests
                 .entry(name.clone())
-                .or_insert_with(|| Guest::new(current));
+                .or_insert_with(|| Guest::new(seen.now_s, current));
             if is_new && self.safety.fresh_start && config.vm(name).is_some() {
                 // A loop before this one may have granted it more, and nobody can be asked how much.
                 let why = "seen for the first time: what it has is what it shall have".to_owned();
@@ -250,12 +252,11 @@ impl Controller {
                     why,
                 });
             }
-            if let Some(kb) = guest.observe(seen.now_s, vm, current, &self.safety) {
-                let why = "it does not grow: what it was given goes to others".to_owned();
+            if let Some((kb, why)) = guest.observe(seen.now_s, vm, current, &self.safety) {
                 orders.push(Order {
                     name: name.clone(),
                     kb,
-                    why,
+                    why: why.to_owned(),
                 });
             }
         }
@@ -301,7 +302,13 @@ impl Controller {
                 guest.not_ready(seen.now_s, target.reason);
                 continue;
             };
-            let (shaped, why) = shape(guest, vm, wanted, &target.reason, seen.now_s, &self.safety);
+            // What was asked for by hand is meant to the last MiB.
+            let by_hand = asked.sizes.contains_key(&target.name);
+            let safety = Safety {
+                dead_band: self.safety.dead_band && !by_hand,
+                ..self.safety
+            };
+            let (shaped, why) = shape(guest, vm, wanted, &target.reason, seen.now_s, &safety);
             if let Some(kb) = guest.plan(seen.now_s, wanted, shaped, &why) {
                 orders.push(Order {
                     name: target.name,

@@ -31,6 +31,8 @@ pub struct SimGuest {
     pub nature: Nature,
     /// What its balloon leaves it, by its own words.
     pub current: u64,
+    /// The same, a second ago.
+    pub was: u64,
     pub target: u64,
     /// Host memory that it holds.
     pub resident: u64,
@@ -52,6 +54,7 @@ impl SimGuest {
             name,
             nature,
             current,
+            was: current,
             target: current,
             resident: current,
             committed: 0,
@@ -65,6 +68,7 @@ impl SimGuest {
 
     fn step(&mut self, now_s: f64) {
         let mut target = self.target;
+        self.was = self.current;
         match self.nature {
             Nature::Ideal | Nature::Lying => {}
             Nature::Least(kb) => target = target.max(kb.min(self.current)),
@@ -94,6 +98,8 @@ impl SimGuest {
 /// The host, its guests and the loop that moves them.
 pub struct Sim {
     pub now_s: f64,
+    /// Whether what the guests say is a second old.
+    pub lag: bool,
     pub total: u64,
     pub state: Option<HostState>,
     pub config: Config,
@@ -110,6 +116,7 @@ impl Sim {
         let controller = Controller::new(safety);
         let mut sim = Self {
             now_s: 0.0,
+            lag: false,
             total,
             state: None,
             config,
@@ -133,15 +140,16 @@ impl Sim {
     }
 
     pub fn observe(&self) -> Observation {
+        let said = |guest: &SimGuest| if self.lag { guest.was } else { guest.current };
         let seen = |guest: &SimGuest| Seen {
             sample: VmSample {
                 name: guest.name.to_owned(),
-                current_kb: Some(guest.current),
+                current_kb: Some(said(guest)),
                 committed_kb: Some(guest.committed),
-                guest_total_kb: Some(guest.current),
+                guest_total_kb: Some(said(guest)),
                 guest_free_kb: Some(0),
-                guest_available_kb: Some(guest.current.saturating_sub(guest.committed)),
-                active_kb: Some(guest.committed.min(guest.current)),
+                guest_available_kb: Some(said(guest).saturating_sub(guest.committed)),
+                active_kb: Some(guest.committed.min(said(guest))),
                 resident_kb: Some(guest.resident),
                 swapped_out_kb: None,
             },

@@ -310,7 +310,7 @@ fn stress_gives_memory_back_and_backs_off() {
 
 #[test]
 fn refaults_are_stress_as_well() {
-    let mut guest = Guest::new(2 * G);
+    let mut guest = Guest::new(0.0, 2 * G);
     let mut seen = Seen {
         refaults: Some(1000),
         ..Seen::default()
@@ -441,6 +441,24 @@ fn who_moves_a_balloon_by_hand_is_respected() {
 }
 
 #[test]
+fn old_news_of_a_moving_guest_are_no_foreign_move() {
+    let guests = vec![SimGuest::new("a", Nature::Ideal, G)];
+    let mut sim = Sim::new(8 * G, config("manual", &[("a", "1G", "8G")]), ON, guests);
+    sim.lag = true;
+    sim.controller.safety.steps = false;
+    sim.guest("a").rate = 160 * M;
+    for kb in [8 * G, G, 8 * G, G, 5 * G] {
+        sim.asked.sizes.insert("a".to_owned(), kb);
+        sim.controller.decide_next();
+        // It is turned round in the middle of its way.
+        sim.run(7);
+        assert_ne!(sim.controller.guests()["a"].conduct(), Conduct::Held);
+    }
+    sim.run(200);
+    assert_eq!(sim.size("a"), 5 * G);
+}
+
+#[test]
 fn a_host_that_runs_short_decides_at_once() {
     let first = |state| {
         let guests = vec![SimGuest::new("a", Nature::Ideal, 4 * G)];
@@ -493,6 +511,7 @@ fn a_loop_that_is_killed_goes_on_from_what_is() {
             ON,
             vec![slow, SimGuest::new("b", Nature::Ideal, G)],
         );
+        sim.lag = true;
         sim.guest("b").committed = 6 * G;
         for at in 0..900 {
             if at % kill_every == 0 && at < 450 {
@@ -541,16 +560,14 @@ fn a_grant_under_way_is_not_given_again_after_a_restart() {
     let run = |safety| {
         let mut slow = SimGuest::new("a", Nature::Ideal, 2 * G);
         slow.rate = 4 * M;
-        let config = config("manual", &[("a", "1G", "8G"), ("b", "1G", "8G")]);
+        let mut config = two("manual");
+        config.vms[0].start_target_kb = Some(2 * G);
         let mut sim = Sim::new(
             8 * G,
             config,
             safety,
             vec![slow, SimGuest::new("b", Nature::Ideal, 2 * G)],
         );
-        for guest in ["a", "b"] {
-            sim.asked.sizes.insert(guest.to_owned(), 2 * G);
-        }
         sim.run(3);
         // The loop grants nearly all there is, and is killed before the guest has taken it.
         sim.asked.sizes.insert("a".to_owned(), 5 * G);
@@ -559,7 +576,8 @@ fn a_grant_under_way_is_not_given_again_after_a_restart() {
         sim.run(2);
         assert_eq!(sim.guest("a").target, 5 * G);
         sim.controller = Controller::new(safety);
-        sim.asked.sizes.insert("a".to_owned(), 2 * G);
+        // The next one is not asked for that, and what the guest has is near enough to its size.
+        sim.asked.sizes.clear();
         sim.asked.sizes.insert("b".to_owned(), 6 * G);
         sim.run(1800);
         sim.worst
@@ -593,6 +611,7 @@ proptest! {
         guests in prop::collection::vec((any_nature(), G..8 * G, 0..9 * G, 0..32 * M, 16 * M..G, 0.0..400.0), 3),
         spare in 0..16 * G,
         kills in prop::collection::vec(0..600u32, 0..4),
+        lag in any::<bool>(),
     ) {
         let names = ["a", "b", "c"];
         let bounds = names.map(|name| (name, "1G", "8G"));
@@ -614,6 +633,7 @@ proptest! {
             .collect();
         let held: u64 = guests.iter().map(|guest| guest.resident).sum();
         let mut sim = Sim::new(held + spare, config, ON, guests);
+        sim.lag = lag;
         for at in 0..600 {
             if kills.contains(&at) {
                 sim.controller = Controller::new(ON);
@@ -623,7 +643,7 @@ proptest! {
         prop_assert!(sim.worst >= 0, "overcommitted by {} KiB", -sim.worst);
         for (at, order) in &sim.orders {
             prop_assert!((G..=8 * G).contains(&order.kb) || order.why.contains("step by step")
-                || order.why.contains("does not grow"), "{} {:?}", at, order);
+                || order.why.contains("it does not grow") || order.why.contains("what it has is"), "{} {:?}", at, order);
         }
     }
 }

@@ -98,7 +98,7 @@ struct Decision {
 /// What the operator asked for by hand; it outlives the steps.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Asked {
-    /// Sizes in KiB by VM, for those under `manual`.
+    /// Sizes in KiB by VM; a VM that is named here is under `manual`.
     pub sizes: BTreeMap<String, u64>,
 }
 
@@ -131,7 +131,14 @@ pub fn step(config: &Config, snapshot: &Snapshot, asked: &Asked) -> Plan {
     let mut groups: BTreeMap<PolicyKind, Vec<Guest>> = BTreeMap::new();
     for sample in &snapshot.vms {
         if let (Some(vm), Ok(figures)) = (config.vm(&sample.name), sample.figures()) {
-            groups.entry(config.policy_of(vm)).or_default().push(Guest {
+            // Who was sized by hand stays so, whatever the policy.
+            let by_hand = asked.sizes.contains_key(&vm.name);
+            let kind = if by_hand {
+                PolicyKind::Manual
+            } else {
+                config.policy_of(vm)
+            };
+            groups.entry(kind).or_default().push(Guest {
                 config: vm,
                 figures,
             });

@@ -149,8 +149,8 @@ fn json_has_the_sysfs_names() {
     assert_eq!(host["run"], 1);
     assert_eq!(host["swap_dir"], "");
     assert_eq!(host["pages_sharing"], 81233);
-    assert_eq!(host["merge_refused_pinned"], 17);
-    assert_eq!(host["merge_refused_busy"], 0);
+    assert_eq!(host["merges_refused_pinned"], 17);
+    assert_eq!(host["merges_refused_busy"], 0);
     assert_eq!(host.get("a_file_of_a_newer_module"), None);
     let names: Vec<&str> = status["vms"]
         .as_array()
@@ -454,9 +454,9 @@ fn garbage_is_named_with_its_place() {
             "state holds no text: `\\xff\\xfe\\n`",
         ),
         (
-            "merge_refused_pinned",
+            "merges_refused_pinned",
             b"[1]\n",
-            "merge_refused_pinned: `[1]` is no whole number",
+            "merges_refused_pinned: `[1]` is no whole number",
         ),
         (
             "vms/web1/stat",

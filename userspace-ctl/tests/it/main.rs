@@ -3,6 +3,7 @@
 //! Tests of the program and of what needs files: one binary, so that it links once.
 
 mod cli;
+mod daemon;
 mod plan;
 mod qemu;
 mod race;

@@ -251,3 +251,10 @@ fn check_says_what_is_wrong_where() {
         "{complaint}"
     );
 }
+
+#[test]
+fn the_example_is_good() {
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/dist/thinram.toml");
+    let output = Files::new("", &json!({})).run(&["check", "--config", example]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+}

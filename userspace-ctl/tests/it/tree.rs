@@ -40,9 +40,9 @@ const HOST: &[(&str, &str)] = &[
     ("general_profit", "375000000"),
     ("metadata_bytes", "2864192"),
     ("scan_cpu_ms", "3241"),
-    ("merge_refused_pinned", "17"),
-    ("merge_refused_busy", "0"),
-    ("split_refused_trylock", "2"),
+    ("merges_refused_pinned", "17"),
+    ("merges_refused_busy", "0"),
+    ("splits_refused_trylock", "2"),
     ("a_file_of_a_newer_module", "whatever"),
 ];
 

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! How the command line talks to the daemon: one line of JSON each way, over a socket that only root
+//! may use.
+
+use crate::config::VmConfig;
+use crate::control::{Conduct, Decision, Tally};
+use crate::policy::PolicyKind;
+use crate::qmp::Driver;
+use crate::units::exact_kb;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use thiserror::Error;
+
+/// How long either side waits for the other.
+const LIMIT: Duration = Duration::from_secs(5);
+/// How long the daemon waits for a client's question.
+const QUESTION: Duration = Duration::from_millis(500);
+/// More than any question is long.
+const MAX_QUESTION: u64 = 64 << 10;
+
+/// Where the daemon listens.
+pub fn socket_path(root: &Path) -> PathBuf {
+    root.join("run/thinramctl.sock")
+}
+
+/// What the daemon can be asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Request {
+    /// All guests.
+    Status,
+    /// The last decisions about a VM.
+    Explain {
+        /// Which one.
+        vm: String,
+    },
+    /// A size by hand, kept until it is released.
+    Balloon {
+        /// Which VM.
+        vm: String,
+        /// Its size.
+        kb: u64,
+    },
+    /// Leaves a VM to its policy again.
+    Release {
+        /// Which one.
+        vm: String,
+    },
+}
+
+/// What it answers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Reply {
+    /// All guests.
+    Status(Report),
+    /// The last decisions about a VM.
+    Explain {
+        /// The daemon's clock.
+        now_s: f64,
+        /// Oldest first.
+        decisions: Vec<Decision>,
+    },
+    /// Done.
+    Done {},
+}
+
+/// The loop's view of the host.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// The host's policy.
+    pub policy: PolicyKind,
+    /// Whether all dynamic minima fit.
+    pub admission_ok: bool,
+    /// What is wrong with the host, if anything is.
+    pub trouble: Option<String>,
+    /// The configured guests.
+    pub guests: Vec<GuestReport>,
+}
+
+/// The loop's view of a guest; what is not known is `null`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GuestReport {
+    /// Its name.
+    pub name: String,
+    /// Its policy.
+    pub policy: PolicyKind,
+    /// Whether it was sized by hand, and keeps that.
+    pub by_hand: bool,
+    /// How far it can be ballooned.
+    pub driver: Driver,
+    /// How it behaves.
+    pub conduct: Option<Conduct>,
+    /// Least that it may be given.
+    pub min_kb: u64,
+    /// What it has a right to.
+    pub entitlement_kb: Option<u64>,
+    /// Most that it may be given.
+    pub max_kb: u64,
+    /// Step of `entitlement`.
+    pub chunk_kb: u64,
+    /// Whether `entitlement` moves its memory.
+    pub amr: bool,
+    /// What it could live with now.
+    pub comfortable_kb: Option<u64>,
+    /// What its policy wants it to have.
+    pub target_kb: Option<u64>,
+    /// What its balloon was told.
+    pub ordered_kb: Option<u64>,
+    /// What its balloon leaves it.
+    pub current_kb: Option<u64>,
+    /// All memory that it sees.
+    pub guest_total_kb: Option<u64>,
+    /// Its free memory.
+    pub guest_free_kb: Option<u64>,
+    /// What its programs could still get.
+    pub guest_available_kb: Option<u64>,
+    /// What its programs use, an estimate.
+    pub committed_kb: Option<u64>,
+    /// That in percent of what it sees.
+    pub pressure_percent: Option<u64>,
+    /// Why it is sized as it is.
+    pub reason: Option<String>,
+    /// What is wrong with its socket or balloon.
+    pub error: Option<String>,
+    /// What was moved.
+    pub tally: Option<Tally>,
+}
+
+/// Why the daemon gave no answer.
+#[derive(Debug, Error)]
+pub enum ApiError {
+    /// It does not run.
+    #[error("the daemon does not run: nobody answers on {0}")]
+    NotRunning(PathBuf),
+    /// Only root may ask.
+    #[error("not allowed to ask the daemon: run as root")]
+    NotAllowed,
+    /// The connection broke.
+    #[error("{path}: {source}")]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It refused.
+    #[error("{0}")]
+    Refused(String),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Envelope<T> {
+    Ok(T),
+    Error(String),
+}
+
+/// Asks the daemon.
+pub fn ask(root: &Path, request: &Request) -> Result<Value, ApiError> {
+    let path = socket_path(root);
+    let failed = |source: io::Error| ApiError::Io {
+        path: path.clone(),
+        source,
+    };
+    let stream = UnixStream::connect(&path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => ApiError::NotRunning(path.clone()),
+        ErrorKind::PermissionDenied => ApiError::NotAllowed,
+        _ => failed(error),
+    })?;
+    stream.set_read_timeout(Some(LIMIT)).map_err(failed)?;
+    stream.set_write_timeout(Some(LIMIT)).map_err(failed)?;
+    let mut question = serde_json::to_vec(request).map_err(|error| failed(error.into()))?;
+    question.push(b'\n');
+    (&stream).write_all(&question).map_err(failed)?;
+    let mut line = String::new();
+    BufReader::new(&stream)
+        .read_line(&mut line)
+        .map_err(failed)?;
+    match serde_json::from_str(&line).map_err(|error| failed(error.into()))? {
+        Envelope::Ok(value) => Ok(value),
+        Envelope::Error(error) => Err(ApiError::Refused(error)),
+    }
+}
+
+/// Answers one client. What goes wrong is the client's matter: it sees its connection end.
+pub(super) fn answer(stream: UnixStream, reply: impl FnOnce(Request) -> Result<Reply, String>) {
+    let _ = try_answer(&stream, reply);
+}
+
+fn try_answer(
+    stream: &UnixStream,
+    reply: impl FnOnce(Request) -> Result<Reply, String>,
+) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(QUESTION))?;
+    stream.set_write_timeout(Some(QUESTION))?;
+    let mut line = String::new();
+    BufReader::new(stream.take(MAX_QUESTION)).read_line(&mut line)?;
+    let answer = match serde_json::from_str(&line) {
+        Ok(request) => reply(request),
+        Err(error) => Err(format!("not a question that the daemon knows: {error}")),
+    };
+    let envelope = match answer {
+        Ok(reply) => Envelope::Ok(reply),
+        Err(error) => Envelope::Error(error),
+    };
+    let mut line = serde_json::to_vec(&envelope)?;
+    line.push(b'\n');
+    let mut stream = stream;
+    stream.write_all(&line)
+}
+
+/// Refuses a size by hand outside of a VM's bounds.
+pub fn within_bounds(config: &VmConfig, kb: u64) -> Result<(), String> {
+    let (min, max) = (config.dynamic_min_kb, config.ceiling_kb());
+    if (min..=max).contains(&kb) {
+        return Ok(());
+    }
+    let (kb, min, max) = (exact_kb(kb), exact_kb(min), exact_kb(max));
+    Err(format!(
+        "{kb} is not within {min} and {max}, the bounds of VM {}",
+        config.name
+    ))
+}

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Finds a VM's QMP socket in the command line of its QEMU.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The QMP socket of a process; `None` where it has none that we can connect to.
+pub(super) fn qmp_of(root: &Path, pid: u64) -> Option<PathBuf> {
+    let line = fs::read(root.join(format!("proc/{pid}/cmdline"))).ok()?;
+    let line = String::from_utf8(line).ok()?;
+    let words: Vec<&str> = line.split('\0').collect();
+    let path = qmp_of_command_line(&words)?;
+    if path.is_absolute() {
+        return Some(path);
+    }
+    let home = fs::read_link(root.join(format!("proc/{pid}/cwd"))).ok()?;
+    Some(home.join(path))
+}
+
+/// The listening QMP socket that QEMU's arguments name: `-qmp unix:PATH,...`, or a `-mon` in control
+/// mode on a socket `-chardev`. One that libvirt made is libvirt's own and is passed over.
+pub fn qmp_of_command_line(words: &[&str]) -> Option<PathBuf> {
+    let mut chardevs: HashMap<&str, &str> = HashMap::new();
+    let mut monitors = Vec::new();
+    for pair in words.windows(2) {
+        let [option, value] = [pair[0], pair[1]];
+        match option.trim_start_matches('-') {
+            "qmp" | "qmp-pretty" if option.starts_with('-') => {
+                if let Some(path) = value.strip_prefix("unix:") {
+                    return usable(path.split(',').next()?);
+                }
+                monitors.extend(value.strip_prefix("chardev:"));
+            }
+            "chardev" if value.starts_with("socket,") => {
+                if let (Some(id), Some(path)) = (setting(value, "id"), setting(value, "path")) {
+                    chardevs.insert(id, path);
+                }
+            }
+            "mon" if setting(value, "mode") == Some("control") => {
+                monitors.extend(setting(value, "chardev").or_else(|| value.split(',').next()));
+            }
+            _ => {}
+        }
+    }
+    monitors
+        .into_iter()
+        .find_map(|id| usable(chardevs.get(id)?))
+}
+
+fn setting<'a>(options: &'a str, key: &str) -> Option<&'a str> {
+    options
+        .split(',')
+        .find_map(|option| option.strip_prefix(key)?.strip_prefix('='))
+}
+
+fn usable(path: &str) -> Option<PathBuf> {
+    (!path.is_empty() && !path.contains("/libvirt/")).then(|| PathBuf::from(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find(line: &str) -> Option<String> {
+        let words: Vec<&str> = line.split(' ').collect();
+        qmp_of_command_line(&words).map(|path| path.to_str().unwrap().to_owned())
+    }
+
+    #[test]
+    fn sockets_on_command_lines() {
+        let plain = "qemu -m 1G -qmp unix:/run/a.qmp,server=on,wait=off -nographic";
+        assert_eq!(find(plain).as_deref(), Some("/run/a.qmp"));
+        let mon = "qemu -chardev socket,id=m0,path=/run/b,server=on -chardev stdio,id=x -mon chardev=m0,mode=control";
+        assert_eq!(find(mon).as_deref(), Some("/run/b"));
+        let short = "qemu --chardev socket,path=rel.sock,id=m0 --qmp chardev:m0";
+        assert_eq!(find(short).as_deref(), Some("rel.sock"));
+        for none in [
+            "qemu -m 1G",
+            "qemu -qmp tcp:localhost:4444",
+            "qemu -qmp",
+            "qemu -chardev socket,id=m0,path=/run/b -mon chardev=m0,mode=readline",
+            "qemu -mon chardev=gone,mode=control",
+            "qemu -chardev socket,id=m,path=/var/lib/libvirt/qemu/d/monitor.sock -mon chardev=m,mode=control",
+        ] {
+            assert_eq!(find(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn of_a_process() {
+        use std::os::unix::fs::symlink;
+        let root = tempfile::TempDir::new().unwrap();
+        let dir = root.path().join("proc/7");
+        fs::create_dir_all(&dir).unwrap();
+        assert_eq!(qmp_of(root.path(), 7), None);
+        fs::write(dir.join("cmdline"), b"qemu\0-qmp\0unix:a.qmp\0").unwrap();
+        assert_eq!(qmp_of(root.path(), 7), None);
+        symlink("/run/vm", dir.join("cwd")).unwrap();
+        assert_eq!(qmp_of(root.path(), 7), Some(PathBuf::from("/run/vm/a.qmp")));
+        fs::write(dir.join("cmdline"), b"\xff\0-qmp\0unix:a.qmp\0").unwrap();
+        assert_eq!(qmp_of(root.path(), 7), None);
+    }
+}

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The host's memory, from `/proc/meminfo`.
+
+use crate::snapshot::HostSample;
+use std::fs;
+use std::path::Path;
+
+/// Reads it; an error is a sentence.
+pub(super) fn read(root: &Path) -> Result<HostSample, String> {
+    let path = root.join("proc/meminfo");
+    let text = fs::read_to_string(&path)
+        .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+    let figure = |name: &str| {
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.and_then(|value| value.trim().strip_suffix(" kB")?.parse().ok())
+            .ok_or_else(|| format!("{} has no figure {name}", path.display()))
+    };
+    Ok(HostSample {
+        total_kb: figure("MemTotal")?,
+        available_kb: figure("MemAvailable")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_and_what_is_missing() {
+        let dir = tempfile::TempDir::new().unwrap();
+        assert!(read(dir.path()).unwrap_err().contains("cannot read"));
+        fs::create_dir(dir.path().join("proc")).unwrap();
+        let file = dir.path().join("proc/meminfo");
+        fs::write(
+            &file,
+            "MemTotal:       16 kB\nMemFree:   1 kB\nMemAvailable:    7 kB\n",
+        )
+        .unwrap();
+        assert_eq!(
+            read(dir.path()),
+            Ok(HostSample {
+                total_kb: 16,
+                available_kb: 7
+            })
+        );
+        fs::write(&file, "MemTotal:       16 kB\nMemAvailable: many kB\n").unwrap();
+        assert!(read(dir.path())
+            .unwrap_err()
+            .contains("has no figure MemAvailable"));
+        assert!(read(Path::new("/")).is_ok());
+    }
+}

@@ -1,0 +1,482 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The daemon as it is run, on a fake host with QEMUs that a test plays.
+
+use crate::tree::Tree;
+use assert_cmd::Command;
+use serde_json::{json, Value};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const M: u64 = 1 << 10;
+/// Long enough for a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct Guest {
+    name: &'static str,
+    current_kb: u64,
+    target_kb: u64,
+    used_kb: u64,
+    reports: u64,
+}
+
+/// A host with guests whose balloons move by themselves, some MiB each tenth of a second.
+struct World {
+    tree: Tree,
+    guests: Vec<Arc<Mutex<Guest>>>,
+    total_kb: u64,
+    worst_kb: i64,
+}
+
+impl World {
+    fn new(total_kb: u64) -> Self {
+        let tree = Tree::empty();
+        for dir in ["proc", "run", "etc/thinram"] {
+            fs::create_dir_all(tree.root().join(dir)).unwrap();
+        }
+        Self {
+            tree,
+            guests: Vec::new(),
+            total_kb,
+            worst_kb: i64::MAX,
+        }
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.tree.root().join(format!("{name}.qmp"))
+    }
+
+    /// Adds a guest whose QEMU answers.
+    fn guest(&mut self, name: &'static str, current_kb: u64, used_kb: u64) -> Arc<Mutex<Guest>> {
+        let guest = Guest {
+            name,
+            current_kb,
+            target_kb: current_kb,
+            used_kb,
+            reports: 1,
+        };
+        let guest = Arc::new(Mutex::new(guest));
+        let listener = UnixListener::bind(self.socket(name)).unwrap();
+        let served = Arc::clone(&guest);
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                serve(&stream.unwrap(), &served);
+            }
+        });
+        self.tree.vm(name, "", [current_kb, current_kb, 0, 0, 0]);
+        self.guests.push(Arc::clone(&guest));
+        self.step();
+        guest
+    }
+
+    fn config(&self, text: &str) {
+        let mut text = text.to_owned();
+        for vm in ["a", "b", "hangs", "other", "missing"] {
+            let socket = self.socket(vm).display().to_string();
+            text = text.replace(&format!("{vm}.qmp"), &socket);
+        }
+        self.replace("etc/thinram/thinram.toml", &text);
+    }
+
+    /// Replaces a file all at once.
+    fn replace(&self, path: &str, text: &str) {
+        let new = self.tree.root().join("new-file");
+        fs::write(&new, text).unwrap();
+        fs::rename(new, self.tree.root().join(path)).unwrap();
+    }
+
+    /// A tenth of a second.
+    fn step(&mut self) {
+        let mut available = i64::try_from(self.total_kb).unwrap();
+        for guest in &self.guests {
+            let mut guest = guest.lock().unwrap();
+            let (current, target) = (guest.current_kb, guest.target_kb);
+            guest.current_kb = target.clamp(current.saturating_sub(16 * M), current + 16 * M);
+            guest.reports += 1;
+            available -= i64::try_from(guest.current_kb).unwrap();
+            let kb = guest.current_kb;
+            let stat = format!("size_kb {kb}\nresident_kb {kb}\nprivate_kb {kb}\n");
+            let path = format!("sys/fs/thinram/vms/{}/stat", guest.name);
+            drop(guest);
+            self.replace(&path, &stat);
+        }
+        self.worst_kb = self.worst_kb.min(available);
+        let meminfo = format!(
+            "MemTotal: {} kB\nMemAvailable: {} kB\n",
+            self.total_kb,
+            available.max(0)
+        );
+        self.replace("proc/meminfo", &meminfo);
+    }
+
+    #[track_caller]
+    fn run_until(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !done(self) {
+            let late = Instant::now() >= end;
+            assert!(
+                !late,
+                "{what}: it never came to that: {:#}",
+                self.guests_json()
+            );
+            thread::sleep(Duration::from_millis(100));
+            self.step();
+        }
+    }
+
+    fn ctl(&self, args: &[&str]) -> (Option<i32>, String, String) {
+        let output = Command::new(env!("CARGO_BIN_EXE_thinramctl"))
+            .env_remove("COLUMNS")
+            .arg("--root")
+            .arg(self.tree.root())
+            .args(args)
+            .output()
+            .unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (
+            output.status.code(),
+            text(output.stdout),
+            text(output.stderr),
+        )
+    }
+
+    fn guests_json(&self) -> Value {
+        let (_, out, _) = self.ctl(&["guests", "--json"]);
+        serde_json::from_str(&out).unwrap_or_default()
+    }
+
+    fn daemon(&self, more: &[&str], notify: Option<&Path>) -> Daemon {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_thinramctl"));
+        command
+            .arg("--root")
+            .arg(self.tree.root())
+            .arg("daemon")
+            .args(more);
+        command.stderr(log.reopen().unwrap());
+        if let Some(socket) = notify {
+            command.env("NOTIFY_SOCKET", socket);
+        }
+        Daemon {
+            child: command.spawn().unwrap(),
+            log,
+        }
+    }
+}
+
+struct Daemon {
+    child: Child,
+    log: tempfile::NamedTempFile,
+}
+
+impl Daemon {
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Its exit code and what it said.
+    fn wait(mut self) -> (Option<i32>, String) {
+        let code = self.child.wait().unwrap().code();
+        (code, fs::read_to_string(self.log.path()).unwrap())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!(
+                "the daemon said: {}",
+                fs::read_to_string(self.log.path()).unwrap_or_default()
+            );
+        }
+    }
+}
+
+/// Plays QEMU for one connection.
+fn serve(stream: &UnixStream, guest: &Mutex<Guest>) {
+    let mut out = stream;
+    if writeln!(out, r#"{{"QMP": {{"version": {{}}, "capabilities": []}}}}"#).is_err() {
+        return;
+    }
+    for line in BufReader::new(stream).lines() {
+        let Ok(line) = line else { return };
+        let request: Value = serde_json::from_str(&line).unwrap();
+        let arguments = &request["arguments"];
+        let mut guest = guest.lock().unwrap();
+        let answer = match request["execute"].as_str().unwrap() {
+            "qom-list" => json!([{"name": "balloon0", "type": "child<virtio-balloon-pci>"}]),
+            "query-balloon" => json!({"actual": guest.current_kb * 1024}),
+            "balloon" => {
+                guest.target_kb = arguments["value"].as_u64().unwrap() / 1024;
+                json!({})
+            }
+            "qom-get" => {
+                let available = guest.current_kb.saturating_sub(guest.used_kb);
+                json!({"last-update": guest.reports, "stats": {
+                    "stat-total-memory": guest.current_kb * 1024, "stat-free-memory": available * 1024,
+                    "stat-available-memory": available * 1024, "stat-swap-in": 0, "stat-swap-out": 0,
+                    "stat-major-faults": 0, "stat-disk-caches": 0
+                }})
+            }
+            _ => json!({}),
+        };
+        drop(guest);
+        if writeln!(out, "{}", json!({"return": answer, "id": request["id"]})).is_err() {
+            return;
+        }
+    }
+}
+
+const CONFIG: &str = r#"
+[host]
+policy = "pressure"
+slush = "0"
+interval_s = 1
+
+[[vm]]
+name = "a"
+qmp = "a.qmp"
+dynamic_min = "512M"
+dynamic_max = "2G"
+
+[[vm]]
+name = "b"
+qmp = "b.qmp"
+dynamic_min = "512M"
+dynamic_max = "2G"
+"#;
+
+fn size(guest: &Mutex<Guest>) -> u64 {
+    guest.lock().unwrap().current_kb
+}
+
+#[test]
+fn memory_goes_to_where_pressure_is() {
+    let mut world = World::new(2048 * M);
+    let idle = world.guest("a", 1024 * M, 64 * M);
+    let busy = world.guest("b", 1024 * M, 1000 * M);
+    world.config(CONFIG);
+    let notify = world.tree.root().join("notify");
+    let told = UnixDatagram::bind(&notify).unwrap();
+    told.set_read_timeout(Some(PATIENCE)).unwrap();
+    let daemon = world.daemon(&[], Some(&notify));
+    let mut message = [0; 4096];
+    let len = told.recv(&mut message).unwrap();
+    assert!(String::from_utf8_lossy(&message[..len]).contains("READY=1"));
+
+    world.run_until("b gets its demand", |_| {
+        size(&busy) >= 1180 * M && size(&idle) < 800 * M
+    });
+    assert!(world.worst_kb >= 0, "{}", world.worst_kb);
+    let report = world.guests_json();
+    assert_eq!(report["guests"][1]["driver"], "driver");
+    assert_eq!(report["guests"][1]["policy"], "pressure");
+    assert_eq!(report["guests"][1]["error"], Value::Null);
+    world.run_until("the daemon has seen it", |world| {
+        world.guests_json()["guests"][1]["tally"]["added_kb"].as_u64() > Some(100 * M)
+    });
+    let (code, shown, _) = world.ctl(&["guests"]);
+    assert!(code == Some(0) && shown.contains("driver"), "{shown}");
+    let (code, said, _) = world.ctl(&["explain", "b"]);
+    assert!(code == Some(0) && said.contains("demand"), "{said}");
+
+    // By hand, within bounds, and back.
+    let (code, _, complaint) = world.ctl(&["balloon", "b", "4G"]);
+    assert_eq!(code, Some(1));
+    assert!(
+        complaint.contains("4G is not within 512M and 2G, the bounds of VM b"),
+        "{complaint}"
+    );
+    assert_eq!(world.ctl(&["balloon", "b", "900"]).0, Some(2));
+    assert_eq!(world.ctl(&["balloon", "b", "much"]).0, Some(2));
+    assert_eq!(world.ctl(&["balloon", "zz", "1G"]).0, Some(1));
+    let (code, said, _) = world.ctl(&["balloon", "b", "700M"]);
+    assert_eq!(
+        (code, said.as_str()),
+        (Some(0), "b shall have 700M and keeps it\n")
+    );
+    world.run_until("b has what it was given by hand", |_| {
+        size(&busy) == 700 * M
+    });
+    assert_eq!(world.guests_json()["guests"][1]["by_hand"], true);
+    assert_eq!(world.ctl(&["release", "b"]).0, Some(0));
+    world.run_until("b grows again", |_| size(&busy) >= 1150 * M);
+
+    // A broken configuration is refused, a good one taken.
+    world.config("[host]\npolcy = 1\n");
+    daemon.signal(rustix::process::Signal::HUP);
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!(world.guests_json()["policy"], "pressure");
+    world.config(&CONFIG.replace("\"pressure\"", "\"proportional\""));
+    daemon.signal(rustix::process::Signal::HUP);
+    world.run_until("the new policy", |world| {
+        world.guests_json()["policy"] == "proportional"
+    });
+    world.run_until("equal guests", |_| {
+        size(&busy).abs_diff(size(&idle)) < 64 * M
+    });
+    assert!(world.worst_kb >= 0, "{}", world.worst_kb);
+
+    // One daemon is enough.
+    let (code, said) = world.daemon(&[], None).wait();
+    assert!(
+        code == Some(1) && said.contains("another daemon answers"),
+        "{said}"
+    );
+    daemon.signal(rustix::process::Signal::TERM);
+    let (code, said) = daemon.wait();
+    assert_eq!(code, Some(0), "{said}");
+    assert!(
+        said.contains("unknown field `polcy`") && said.contains("old configuration is kept"),
+        "{said}"
+    );
+    let (code, _, complaint) = world.ctl(&["guests"]);
+    assert!(
+        code == Some(1) && complaint.contains("the daemon does not run"),
+        "{complaint}"
+    );
+}
+
+#[test]
+fn what_hangs_or_lies_holds_up_nobody_else() {
+    let mut world = World::new(4096 * M);
+    let good = world.guest("a", 1024 * M, 64 * M);
+    let hangs = UnixListener::bind(world.socket("hangs")).unwrap();
+    thread::spawn(move || {
+        let mut held = Vec::new();
+        for stream in hangs.incoming() {
+            held.push(stream.unwrap());
+        }
+    });
+    let other = UnixListener::bind(world.socket("other")).unwrap();
+    thread::spawn(move || {
+        for stream in other.incoming() {
+            let _ = stream.unwrap().write_all(b"220 smtp ready\r\n");
+        }
+    });
+    let mut config = CONFIG
+        .split("[[vm]]")
+        .take(2)
+        .collect::<Vec<_>>()
+        .join("[[vm]]");
+    for vm in ["hangs", "other", "missing"] {
+        config.push_str(&format!(
+            "[[vm]]\nname = \"{vm}\"\nqmp = \"{vm}.qmp\"\ndynamic_min = \"1G\"\ndynamic_max = \"1G\"\n"
+        ));
+    }
+    config.push_str("[[vm]]\nname = \"nowhere\"\ndynamic_min = \"1G\"\ndynamic_max = \"1G\"\n");
+    world.config(&config);
+    let daemon = world.daemon(&[], None);
+    world.run_until("a shrinks", |_| size(&good) == 512 * M);
+    let errors = |world: &World| -> Vec<String> {
+        let report = world.guests_json();
+        let guests = report["guests"].as_array().cloned().unwrap_or_default();
+        guests
+            .iter()
+            .map(|guest| guest["error"].as_str().unwrap_or("").to_owned())
+            .collect()
+    };
+    world.run_until("all is said", |world| {
+        let errors = errors(world);
+        errors.len() == 5
+            && errors[0].is_empty()
+            && errors[1].contains("no answer to the greeting within 3.000 s")
+            && errors[2].contains("is no QMP socket: it says `220 smtp ready")
+            && errors[3].contains("cannot connect to")
+            && errors[4].contains("its QMP socket is not known")
+    });
+    // A module that goes away is said, and nothing is moved.
+    fs::rename(
+        world.tree.root().join("sys"),
+        world.tree.root().join("gone"),
+    )
+    .unwrap();
+    fs::create_dir_all(world.tree.root().join("sys/fs/thinram/vms/a")).unwrap();
+    fs::remove_dir_all(world.tree.root().join("sys")).unwrap();
+    let end = Instant::now() + PATIENCE;
+    while world.guests_json()["trouble"] == Value::Null {
+        assert!(Instant::now() < end);
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert!(world.guests_json()["trouble"]
+        .as_str()
+        .unwrap()
+        .contains("is the module loaded?"));
+    daemon.signal(rustix::process::Signal::INT);
+    assert_eq!(daemon.wait().0, Some(0));
+}
+
+#[test]
+fn a_dry_run_moves_nothing() {
+    let mut world = World::new(4096 * M);
+    let guest = world.guest("a", 1024 * M, 64 * M);
+    world.config(CONFIG);
+    let daemon = world.daemon(&["--dry-run"], None);
+    world.run_until("it decides", |world| {
+        world.ctl(&["explain", "a"]).1.contains("pressure 6%")
+    });
+    daemon.signal(rustix::process::Signal::TERM);
+    let (code, said) = daemon.wait();
+    assert!(
+        code == Some(0) && said.contains("would order a: "),
+        "{said}"
+    );
+    assert_eq!(guest.lock().unwrap().target_kb, 1024 * M);
+}
+
+#[test]
+fn a_cap_is_the_modules_limit_too() {
+    let mut world = World::new(4096 * M);
+    let guest = world.guest("a", 1024 * M, 1000 * M);
+    world.config(&CONFIG.replacen("\"2G\"", "\"2G\"\ncap = \"768M\"", 1));
+    let _daemon = world.daemon(&[], None);
+    world.run_until("the limit is written", |world| {
+        world.tree.read("vms/a/limit_kb") == format!("{}\n", 768 * M)
+    });
+    world.run_until("the balloon follows", |_| size(&guest) == 768 * M);
+}
+
+#[test]
+fn wrong_from_the_start() {
+    let world = World::new(4096 * M);
+    let (code, said) = world.daemon(&[], None).wait();
+    assert!(code == Some(1) && said.contains("cannot read"), "{said}");
+    world.config("[[vm]]\nname = 'a'\n");
+    let (code, said) = world.daemon(&[], None).wait();
+    assert!(
+        code == Some(1) && said.contains("thinram.toml:1: VM `a`: dynamic_min is missing"),
+        "{said}"
+    );
+    world.config(CONFIG);
+    fs::remove_dir(world.tree.root().join("run")).unwrap();
+    let (code, said) = world.daemon(&[], None).wait();
+    assert!(
+        code == Some(1) && said.contains("cannot listen on"),
+        "{said}"
+    );
+}
+
+#[test]
+fn without_a_daemon_qemu_is_told_directly() {
+    let mut world = World::new(4096 * M);
+    let guest = world.guest("a", 1024 * M, 0);
+    world.config(CONFIG);
+    let (code, said, complaint) = world.ctl(&["balloon", "a", "600M"]);
+    assert_eq!(
+        (code, said.as_str()),
+        (Some(0), "a was told to have 600M\n"),
+        "{complaint}"
+    );
+    assert_eq!(guest.lock().unwrap().target_kb, 600 * M);
+    assert_eq!(world.ctl(&["balloon", "a", "100M"]).0, Some(1));
+    assert_eq!(guest.lock().unwrap().target_kb, 600 * M);
+}
