@@ -73,6 +73,12 @@ impl Backing {
         &self.vm
     }
 
+    /// A write gave a shared or zero page a frame of its own.
+    pub(crate) fn count_break(&self) {
+        self.vm.events.cow_breaks.fetch_add(1, Ordering::Relaxed);
+        self.host.events.cow_breaks.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Size in pages.
     pub(crate) fn pages(&self) -> u64 {
         self.pages.load(Ordering::Acquire)

@@ -17,7 +17,6 @@ use crate::{
         task,
     },
 };
-use core::sync::atomic::Ordering;
 use kernel::prelude::*;
 
 /// A page to read from.
@@ -91,6 +90,9 @@ fn make_private(
             if slot.is_zero_mapped() {
                 guard.zap(index);
             }
+            if slot.state() == State::Zero {
+                backing.count_break();
+            }
             host.release(guard.set(index, Content::Private(frame), slot.backoff()));
             Ok(true)
         }
@@ -100,8 +102,7 @@ fn make_private(
             frame.copy_from(shared.as_ref()).map_err(|_| EIO)?;
             drop(shared);
             guard.zap(index);
-            backing.vm().events.cow_breaks.fetch_add(1, Ordering::Relaxed);
-            host.events.cow_breaks.fetch_add(1, Ordering::Relaxed);
+            backing.count_break();
             let backoff = slot.backoff().saturating_add(1);
             host.release(guard.set(index, Content::Private(frame), backoff));
             Ok(true)

@@ -190,7 +190,7 @@ fn look(
             let broken = slot.state() == State::Zero;
             let backoff = if broken { slot.backoff().saturating_add(1) } else { 0 };
             if broken {
-                count_break(backing);
+                backing.count_break();
             }
             host.release(guard.set(index, Content::Private(spare.into_zeroed()), backoff));
             map_own(fault, guard, index)
@@ -205,7 +205,7 @@ fn look(
             }
             drop(shared);
             guard.zap(index);
-            count_break(backing);
+            backing.count_break();
             let backoff = slot.backoff().saturating_add(1).min(BACKOFF_MAX);
             host.release(guard.set(index, Content::Private(taken.frame), backoff));
             map_own(fault, guard, index)
@@ -218,9 +218,4 @@ fn map_own(fault: &Fault, guard: &mut RegionGuard<'_>, index: usize) -> Step {
         Some(page) => fault.map(page, true).into(),
         None => Step::NeedsFrame,
     }
-}
-
-fn count_break(backing: &Backing) {
-    backing.vm().events.cow_breaks.fetch_add(1, Ordering::Relaxed);
-    backing.host().events.cow_breaks.fetch_add(1, Ordering::Relaxed);
 }

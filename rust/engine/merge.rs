@@ -97,7 +97,9 @@ pub(crate) fn try_merge(
     spare: &mut Option<Frame>,
 ) -> Outcome {
     let mut candidates = [None; CANDIDATES];
-    host.index().find(key, &mut candidates);
+    if host.index().find(key, rules.max_sharers, &mut candidates) {
+        count(&host.refusals.full);
+    }
     let own = guard.region().page_id(index);
     let mut not_now = false;
     for candidate in candidates.into_iter().flatten() {
@@ -157,6 +159,31 @@ fn join(host: &Host, guard: &mut RegionGuard<'_>, index: usize, id: u32, rules: 
         drop(host.index().leave(sharer));
     }
     outcome
+}
+
+/// Moves a sharer to an older record of the same content, where there is one: two are left when
+/// scopes grow together, or when `max_page_sharing` was raised.
+pub(crate) fn unite(host: &Host, guard: &mut RegionGuard<'_>, index: usize, rules: Rules) {
+    let slot = guard.slot(index);
+    let scope = guard.region().vm().scope();
+    let Some((old, hash)) = host.index().frame_and_hash(slot.record(), scope) else { return };
+    let mut candidates = [None; CANDIDATES];
+    host.index().find(Key { hash, scope }, rules.max_sharers, &mut candidates);
+    let older = candidates.into_iter().flatten().find_map(|candidate| match candidate {
+        Candidate::Record(id) if id < slot.record() => Some(id),
+        _ => None,
+    });
+    let Some((sharer, frame)) = older.and_then(|id| host.index().join(id, rules.max_sharers)) else {
+        return;
+    };
+    let far = !rules.across_nodes && frame.as_ref().node() != old.as_ref().node();
+    // Shared frames are immutable: there is nothing to freeze.
+    if far || !old.as_ref().same_content(frame.as_ref()) {
+        drop(host.index().leave(sharer));
+        return;
+    }
+    guard.zap(index);
+    host.release(guard.set(index, Content::Shared(sharer), slot.backoff()));
 }
 
 /// Makes a shared frame of this page and the one that a hint points to.

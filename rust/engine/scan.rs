@@ -249,7 +249,11 @@ impl Walk {
     fn look(&mut self, host: &Host, guard: &mut RegionGuard<'_>, visit: &Visit, slot: Slot) {
         let index = self.index;
         if slot.state() == State::Shared {
-            reclaim_last(host, guard, index, slot);
+            if host.index().sharers(slot.record()) == 1 {
+                reclaim_last(host, guard, index, slot);
+            } else {
+                merge::unite(host, guard, index, visit.rules);
+            }
             return;
         }
         let Some(page) = guard.page(index) else { return };
@@ -306,7 +310,7 @@ fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
         // Hints are lossy: a page that lost its hint unnoticed is found by its next hash.
         State::Private if slot.is_stable() => pass.wrapping_add(index as u64) % RECHECK == 0,
         State::Private => !slot.skipped_in(pass, index as u64),
-        // Every 8th pass is soon enough to give a lonely shared frame back.
+        // Every 8th pass is soon enough to give a lonely shared frame back, or to unite two.
         State::Shared => pass.wrapping_add(index as u64) % 8 == 0,
         State::Empty | State::Zero => false,
     }
@@ -315,9 +319,6 @@ fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
 /// A shared frame with one sharer left becomes that slot's own again. It stays mapped read-only; the
 /// next write finds it Private.
 fn reclaim_last(host: &Host, guard: &mut RegionGuard<'_>, index: usize, slot: Slot) {
-    if host.index().sharers(slot.record()) != 1 {
-        return;
-    }
     // The slot must let go of its sharer to hand it over, and nothing may see it in between: the
     // region is locked.
     let Content::Shared(sharer) = guard.set(index, Content::Empty, 0) else { return };

@@ -93,15 +93,26 @@ impl SharedIndex {
         self.inner.lock()
     }
 
-    /// What is known under `key`, shared frames first. Frames of another scope are left out.
-    pub(crate) fn find(&self, key: Key, out: &mut [Option<Candidate>; CANDIDATES]) {
+    /// What is known under `key`, shared frames first. Frames of another scope are left out, and
+    /// those with `max` sharers: true if there were such.
+    pub(crate) fn find(
+        &self,
+        key: Key,
+        max: u32,
+        out: &mut [Option<Candidate>; CANDIDATES],
+    ) -> bool {
         let inner = self.lock();
         let mut places = out.iter_mut();
+        let mut full = false;
         for entry in inner.catalog.lookup(key.hash) {
             let candidate = match entry {
                 Entry::Stable(id) => {
                     let label = inner.records.page(id).map(|page| page.label());
                     if label != Some(key.label()) {
+                        continue;
+                    }
+                    if inner.records.sharers(id) >= max {
+                        full = true;
                         continue;
                     }
                     Candidate::Record(id)
@@ -110,9 +121,10 @@ impl SharedIndex {
             };
             match places.next() {
                 Some(place) => *place = Some(candidate),
-                None => return,
+                None => break,
             }
         }
+        full
     }
 
     /// Joins record `id` unless it has `max` sharers; the frame cannot go while the sharer is held.
@@ -128,6 +140,14 @@ impl SharedIndex {
     /// The frame of a record that the caller's slot is a sharer of.
     pub(crate) fn frame(&self, id: u32) -> Option<Frame> {
         Some(self.lock().records.page(id)?.get())
+    }
+
+    /// The frame of a record that the caller's slot is a sharer of, and the hash that it was
+    /// published under; `None` for a record of another scope.
+    pub(crate) fn frame_and_hash(&self, id: u32, scope: Scope) -> Option<(Frame, u64)> {
+        let inner = self.lock();
+        let page = inner.records.page(id)?;
+        (page.label().scope == scope.0).then(|| (page.get(), page.label().hash))
     }
 
     /// How many share the record.

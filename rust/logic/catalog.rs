@@ -1149,4 +1149,4 @@ impl<S: PageStore> Iterator for Matches<'_, S> {
 
 #[cfg(test)]
 #[path = "catalog_tests.rs"]
-mod tests;
+pub(super) mod tests;

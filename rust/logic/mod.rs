@@ -15,3 +15,8 @@ pub mod pace;
 pub mod records;
 pub mod slot;
 pub mod tunables;
+
+#[cfg(test)]
+mod machine_tests;
+#[cfg(test)]
+mod slot_tests;

@@ -27,7 +27,7 @@ mod tests {
 
     fn first(index: &SharedIndex, key: Key) -> Option<Candidate> {
         let mut found = [None; CANDIDATES];
-        index.find(key, &mut found);
+        index.find(key, u32::MAX, &mut found);
         found[0]
     }
 
@@ -97,7 +97,7 @@ mod tests {
         let kept = (0..PAGES)
             .filter(|&page| {
                 let mut found = [None; CANDIDATES];
-                index.find(key(hash(page)), &mut found);
+                index.find(key(hash(page)), u32::MAX, &mut found);
                 found.iter().flatten().any(|c| matches!(c, Candidate::Page(id) if *id == page))
             })
             .count();
