@@ -34,7 +34,7 @@ pub enum Place {
     KvmHost,
     /// The stock kernel on two CPUs, without guests.
     SmpHost,
-    /// User-Mode Linux on two CPUs at native speed, the module built in.
+    /// User-Mode Linux on one CPU at native speed, the module built in.
     Uml,
     /// The same with a module whose protections can be taken out.
     UmlDebug,
@@ -296,9 +296,11 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
 
 fn uml(linux: &Path, job: &Job, dir: &Path) -> Command {
     let mut c = tied(linux);
+    // One CPU: a TLB flush on UML only takes effect when the process next enters the kernel, so with
+    // two a process goes on writing to a page that was taken from it.
     c.args([
         &format!("mem={}M", job.memory_mib),
-        "ncpus=2",
+        "ncpus=1",
         "seccomp=on",
         "rootfstype=hostfs",
         "rootflags=/",
