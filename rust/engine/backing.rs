@@ -104,7 +104,10 @@ impl Backing {
         let first_page = (number as u64).saturating_mul(SLOTS as u64);
         let region = Region::new(first_page, self.vm.clone(), self.source.mapping())?;
         self.host.registry().add(&region)?;
-        let stored = self.regions.lock().store(number, region.clone(), GFP_KERNEL);
+        let stored = self
+            .regions
+            .lock()
+            .store(number, region.clone(), GFP_KERNEL);
         if let Err(failed) = stored {
             self.host.registry().remove(&region);
             return Err(failed.error);
@@ -162,7 +165,11 @@ impl Backing {
             match self.region(page) {
                 None => page = self.next_region_at(next_region, to),
                 Some(region) => {
-                    let end = if next_region > to { Self::index(to) } else { SLOTS };
+                    let end = if next_region > to {
+                        Self::index(to)
+                    } else {
+                        SLOTS
+                    };
                     // Bounded steps, so that no fault waits for the whole region.
                     let mut step = first;
                     while step < end {
@@ -196,11 +203,15 @@ impl Backing {
         let pages = self.pages.swap(0, Ordering::Release);
         let end = *self.end.lock();
         for number in 0..end {
-            let Ok(number) = usize::try_from(number) else { break };
+            let Ok(number) = usize::try_from(number) else {
+                break;
+            };
             let region = self.regions.lock().remove(number);
             if let Some(region) = region {
                 self.host.registry().remove(&region);
-                region.lock().retire(&mut |content| self.host.release(content));
+                region
+                    .lock()
+                    .retire(&mut |content| self.host.release(content));
                 crate::sys::task::cond_resched();
             }
         }

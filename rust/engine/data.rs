@@ -29,7 +29,9 @@ pub(crate) enum Readable {
 
 /// Page `page` for reading.
 pub(crate) fn readable(backing: &Backing, page: u64) -> Result<Readable> {
-    let Some(region) = backing.region(page) else { return Ok(Readable::Zeroes) };
+    let Some(region) = backing.region(page) else {
+        return Ok(Readable::Zeroes);
+    };
     let guard = region.lock();
     let index = Backing::index(page);
     let slot = guard.slot(index);
@@ -56,7 +58,11 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
         let state = region.peek(index).state();
         let wants_zeroed = matches!(state, State::Empty | State::Zero);
         if state != State::Private && spare.is_none() {
-            let purpose = if wants_zeroed { Purpose::GuestZeroed } else { Purpose::Guest };
+            let purpose = if wants_zeroed {
+                Purpose::GuestZeroed
+            } else {
+                Purpose::Guest
+            };
             spare = Some((Frame::alloc(purpose, -1).ok_or(ENOMEM)?, wants_zeroed));
         }
         let mut guard = region.lock();
@@ -83,7 +89,9 @@ fn make_private(
     match slot.state() {
         State::Private => Ok(true),
         State::Empty | State::Zero => {
-            let Some((mut frame, zeroed)) = spare.take() else { return Ok(false) };
+            let Some((mut frame, zeroed)) = spare.take() else {
+                return Ok(false);
+            };
             if !zeroed {
                 frame.clear();
             }
@@ -97,7 +105,9 @@ fn make_private(
             Ok(true)
         }
         State::Shared => {
-            let Some((mut frame, _)) = spare.take() else { return Ok(false) };
+            let Some((mut frame, _)) = spare.take() else {
+                return Ok(false);
+            };
             let shared = host.index().frame(slot.record()).ok_or(EIO)?;
             frame.copy_from(shared.as_ref()).map_err(|_| EIO)?;
             drop(shared);
@@ -157,12 +167,19 @@ pub(crate) fn zero_bytes(backing: &Backing, page: u64, from: u64, to: u64) -> Re
     if page >= backing.pages() {
         return Ok(());
     }
-    let Some(region) = backing.region(page) else { return Ok(()) };
-    if matches!(region.peek(Backing::index(page)).state(), State::Empty | State::Zero) {
+    let Some(region) = backing.region(page) else {
+        return Ok(());
+    };
+    if matches!(
+        region.peek(Backing::index(page)).state(),
+        State::Empty | State::Zero
+    ) {
         return Ok(());
     }
     let frame = writable(backing, page)?;
-    frame.as_ref().zero_range(usize::try_from(from)?, usize::try_from(to)?);
+    frame
+        .as_ref()
+        .zero_range(usize::try_from(from)?, usize::try_from(to)?);
     Ok(())
 }
 

@@ -113,7 +113,15 @@ fn answer(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
         if guard.is_retired() || page >= backing.pages() {
             return Answer::BusError;
         }
-        let step = look(backing, &fault, &mut guard, index, write, make_writable, &mut spare);
+        let step = look(
+            backing,
+            &fault,
+            &mut guard,
+            index,
+            write,
+            make_writable,
+            &mut spare,
+        );
         drop(guard);
         match step {
             Step::Answered(answer) => return answer,
@@ -124,7 +132,11 @@ fn answer(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
 }
 
 fn wait(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
-    backing.host().events.waits_for_memory.fetch_add(1, Ordering::Relaxed);
+    backing
+        .host()
+        .events
+        .waits_for_memory
+        .fetch_add(1, Ordering::Relaxed);
     if make_writable {
         return Answer::Done;
     }
@@ -132,7 +144,9 @@ fn wait(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
     let vm = backing.vm().clone();
     let start = clock::now_us();
     let answer = fault.wait_for_memory();
-    vm.events.stall_us.fetch_add(clock::now_us().saturating_sub(start), Ordering::Relaxed);
+    vm.events
+        .stall_us
+        .fetch_add(clock::now_us().saturating_sub(start), Ordering::Relaxed);
     answer
 }
 
@@ -150,7 +164,9 @@ fn look(
     let slot = guard.slot(index);
     match slot.state() {
         State::Private => {
-            let Some(page) = guard.page(index) else { return Step::NeedsFrame };
+            let Some(page) = guard.page(index) else {
+                return Step::NeedsFrame;
+            };
             if page.is_poisoned() {
                 guard.zap(index);
                 return Step::Answered(Answer::Poisoned);
@@ -161,7 +177,11 @@ fn look(
                 return Step::Answered(Answer::Done);
             }
             if write && guard.is_protected(index) {
-                backing.vm().events.protect_faults.fetch_add(1, Ordering::Relaxed);
+                backing
+                    .vm()
+                    .events
+                    .protect_faults
+                    .fetch_add(1, Ordering::Relaxed);
                 host.events.protect_faults.fetch_add(1, Ordering::Relaxed);
             }
             let writable = write || !guard.is_protected(index);
@@ -175,7 +195,9 @@ fn look(
         }
         State::Empty | State::Zero if !write => {
             guard.note(index, slot.with_zero_mapped());
-            fault.map_shared(host.zero_frame(fault.page_number())).into()
+            fault
+                .map_shared(host.zero_frame(fault.page_number()))
+                .into()
         }
         State::Shared if !write => match host.index().frame(slot.record()) {
             Some(frame) if frame.as_ref().is_poisoned() => Step::Answered(Answer::Poisoned),
@@ -183,12 +205,18 @@ fn look(
             None => Step::NeedsMemory,
         },
         State::Empty | State::Zero => {
-            let Some(spare) = spare.take() else { return Step::NeedsFrame };
+            let Some(spare) = spare.take() else {
+                return Step::NeedsFrame;
+            };
             if slot.is_zero_mapped() {
                 guard.zap(index);
             }
             let broken = slot.state() == State::Zero;
-            let backoff = if broken { slot.backoff().saturating_add(1) } else { 0 };
+            let backoff = if broken {
+                slot.backoff().saturating_add(1)
+            } else {
+                0
+            };
             if broken {
                 backing.count_break();
             }
@@ -196,7 +224,9 @@ fn look(
             map_own(fault, guard, index)
         }
         State::Shared => {
-            let Some(mut taken) = spare.take() else { return Step::NeedsFrame };
+            let Some(mut taken) = spare.take() else {
+                return Step::NeedsFrame;
+            };
             let Some(shared) = host.index().frame(slot.record()) else {
                 return Step::NeedsMemory;
             };

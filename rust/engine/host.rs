@@ -106,10 +106,14 @@ impl Bell {
 
     /// Sleeps for `us` microseconds, until rung, or until `stop`.
     pub(crate) fn sleep(&self, us: u64, stop: fn() -> bool) {
-        let ms = u32::try_from(us.div_ceil(1000)).unwrap_or(u32::MAX).min(3_600_000);
+        let ms = u32::try_from(us.div_ceil(1000))
+            .unwrap_or(u32::MAX)
+            .min(3_600_000);
         let mut rung = self.rung.lock();
         if !*rung && !stop() {
-            let _ = self.sound.wait_interruptible_timeout(&mut rung, msecs_to_jiffies(ms));
+            let _ = self
+                .sound
+                .wait_interruptible_timeout(&mut rung, msecs_to_jiffies(ms));
         }
         *rung = false;
     }
@@ -301,7 +305,9 @@ impl Host {
             // The policy stays locked until the VM is listed, so that its scope cannot be stale.
             let policy = self.policy();
             let scope = policy.share_scope;
-            let made = self.vms.attach(place, name, domain, defaults, scope, make_directory)?;
+            let made = self
+                .vms
+                .attach(place, name, domain, defaults, scope, make_directory)?;
             drop(policy);
             match made {
                 Some(vm) => {
@@ -316,12 +322,17 @@ impl Host {
     /// Pages that a pass has to walk over.
     pub(crate) fn registered_pages(&self) -> u64 {
         let totals = self.totals();
-        totals.private.saturating_add(totals.shared).saturating_add(totals.zero)
+        totals
+            .private
+            .saturating_add(totals.shared)
+            .saturating_add(totals.zero)
     }
 
     /// Different contents that the index may have to hold.
     pub(crate) fn contents(&self) -> u64 {
-        self.totals().private.saturating_add(self.index.figures().pages_shared)
+        self.totals()
+            .private
+            .saturating_add(self.index.figures().pages_shared)
     }
 
     /// All VMs' counts.

@@ -70,7 +70,9 @@ pub(crate) enum Outcome {
 /// Lets the slot go back to being empty of memory if its page is all zero.
 pub(crate) fn try_zero(host: &Host, guard: &mut RegionGuard<'_>, index: usize) -> Outcome {
     guard.zap(index);
-    let Some(page) = guard.page(index) else { return Outcome::NotNow };
+    let Some(page) = guard.page(index) else {
+        return Outcome::NotNow;
+    };
     let Some(frozen) = page.freeze() else {
         count(&host.refusals.pinned);
         return Outcome::NotNow;
@@ -132,7 +134,9 @@ fn join(host: &Host, guard: &mut RegionGuard<'_>, index: usize, id: u32, rules: 
         return Outcome::Unique;
     };
     let outcome = 'check: {
-        let Some(page) = guard.page(index) else { break 'check Outcome::NotNow };
+        let Some(page) = guard.page(index) else {
+            break 'check Outcome::NotNow;
+        };
         if frame.as_ref().is_poisoned() || page.is_poisoned() {
             count(&host.refusals.poisoned);
             break 'check Outcome::Unique;
@@ -166,14 +170,21 @@ fn join(host: &Host, guard: &mut RegionGuard<'_>, index: usize, id: u32, rules: 
 pub(crate) fn unite(host: &Host, guard: &mut RegionGuard<'_>, index: usize, rules: Rules) {
     let slot = guard.slot(index);
     let scope = guard.region().vm().scope();
-    let Some((old, hash)) = host.index().frame_and_hash(slot.record(), scope) else { return };
+    let Some((old, hash)) = host.index().frame_and_hash(slot.record(), scope) else {
+        return;
+    };
     let mut candidates = [None; CANDIDATES];
-    host.index().find(Key { hash, scope }, rules.max_sharers, &mut candidates);
-    let older = candidates.into_iter().flatten().find_map(|candidate| match candidate {
-        Candidate::Record(id) if id < slot.record() => Some(id),
-        _ => None,
-    });
-    let Some((sharer, frame)) = older.and_then(|id| host.index().join(id, rules.max_sharers)) else {
+    host.index()
+        .find(Key { hash, scope }, rules.max_sharers, &mut candidates);
+    let older = candidates
+        .into_iter()
+        .flatten()
+        .find_map(|candidate| match candidate {
+            Candidate::Record(id) if id < slot.record() => Some(id),
+            _ => None,
+        });
+    let Some((sharer, frame)) = older.and_then(|id| host.index().join(id, rules.max_sharers))
+    else {
         return;
     };
     let far = !rules.across_nodes && frame.as_ref().node() != old.as_ref().node();
@@ -275,12 +286,7 @@ fn pair(
 }
 
 /// Freezes both pages and fills `fresh` with what both hold, if both hold the same.
-fn copy_if_equal(
-    host: &Host,
-    page: PageRef<'_>,
-    other: PageRef<'_>,
-    fresh: &mut Frame,
-) -> Outcome {
+fn copy_if_equal(host: &Host, page: PageRef<'_>, other: PageRef<'_>, fresh: &mut Frame) -> Outcome {
     let (Some(frozen), Some(other)) = (page.freeze(), other.freeze()) else {
         count(&host.refusals.pinned);
         return Outcome::NotNow;

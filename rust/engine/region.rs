@@ -87,7 +87,9 @@ impl Region {
 
     /// The id of one of its pages, as hints use it.
     pub(crate) fn page_id(&self, index: usize) -> u32 {
-        self.id().wrapping_mul(SLOTS as u32).wrapping_add(index as u32)
+        self.id()
+            .wrapping_mul(SLOTS as u32)
+            .wrapping_add(index as u32)
     }
 
     /// The slot as it is just now, without the lock.
@@ -112,12 +114,18 @@ impl Region {
                 inner
             }
         };
-        RegionGuard { region: self, inner }
+        RegionGuard {
+            region: self,
+            inner,
+        }
     }
 
     /// Takes the lock only if nobody has it: for a second region, and for those who can come again.
     pub(crate) fn try_lock(&self) -> Option<RegionGuard<'_>> {
-        self.inner.try_lock().map(|inner| RegionGuard { region: self, inner })
+        self.inner.try_lock().map(|inner| RegionGuard {
+            region: self,
+            inner,
+        })
     }
 
     /// Whether somebody waits for the lock.
@@ -169,14 +177,20 @@ impl RegionGuard<'_> {
     pub(crate) fn note(&mut self, index: usize, slot: Slot) {
         let old = self.slot(index);
         self.region.words.note(&mut self.inner.key, index, slot);
-        self.region.vm.counts().reclassify(known_class(old), known_class(self.slot(index)));
+        self.region
+            .vm
+            .counts()
+            .reclassify(known_class(old), known_class(self.slot(index)));
     }
 
     /// Puts `content` into the slot and hands over what it owned. No mapping may show the old one.
     pub(crate) fn set(&mut self, index: usize, content: Content, backoff: u8) -> Content {
         let old = self.slot(index);
         self.set_protected(index, false);
-        let owned = self.region.words.replace(&mut self.inner.key, index, content, backoff);
+        let owned = self
+            .region
+            .words
+            .replace(&mut self.inner.key, index, content, backoff);
         let new = self.slot(index);
         let mut counts = self.region.vm.counts();
         counts.move_page(counted_as(old), counted_as(new));
@@ -192,21 +206,32 @@ impl RegionGuard<'_> {
     /// Takes a range of pages out of every page table.
     pub(crate) fn zap_range(&self, index: usize, pages: usize) {
         if let Some(mapping) = &self.inner.mapping {
-            mapping.zap(self.region.first_page.saturating_add(index as u64), pages as u64);
+            mapping.zap(
+                self.region.first_page.saturating_add(index as u64),
+                pages as u64,
+            );
         }
     }
 
     /// The same before the content is thrown away.
     pub(crate) fn zap_punched(&self, index: usize, pages: usize) {
         if let Some(mapping) = &self.inner.mapping {
-            mapping.zap_punched(self.region.first_page.saturating_add(index as u64), pages as u64);
+            mapping.zap_punched(
+                self.region.first_page.saturating_add(index as u64),
+                pages as u64,
+            );
         }
     }
 
     /// Makes every mapping of the range read-only, so that a write is noticed.
     pub(crate) fn protect(&mut self, index: usize, pages: usize) {
-        let Some(mapping) = &self.inner.mapping else { return };
-        mapping.write_protect(self.region.first_page.saturating_add(index as u64), pages as u64);
+        let Some(mapping) = &self.inner.mapping else {
+            return;
+        };
+        mapping.write_protect(
+            self.region.first_page.saturating_add(index as u64),
+            pages as u64,
+        );
         for i in index..index.saturating_add(pages).min(SLOTS) {
             self.set_protected(i, true);
         }
@@ -214,7 +239,10 @@ impl RegionGuard<'_> {
 
     /// Whether every mapping of the page is read-only by [`RegionGuard::protect`].
     pub(crate) fn is_protected(&self, index: usize) -> bool {
-        self.inner.protected.get(index / 64).is_some_and(|word| word >> (index % 64) & 1 != 0)
+        self.inner
+            .protected
+            .get(index / 64)
+            .is_some_and(|word| word >> (index % 64) & 1 != 0)
     }
 
     fn set_protected(&mut self, index: usize, protected: bool) {
@@ -300,7 +328,10 @@ impl Registry {
             }
             if len < table.regions.capacity() && len < table.free.capacity() {
                 region.id.store(len as u32, Ordering::Relaxed);
-                table.regions.push_within_capacity(Some(region.clone())).map_err(|_| ENOMEM)?;
+                table
+                    .regions
+                    .push_within_capacity(Some(region.clone()))
+                    .map_err(|_| ENOMEM)?;
                 table.live = table.live.saturating_add(1);
                 return Ok(());
             }
@@ -363,8 +394,11 @@ impl Registry {
     /// Memory taken by all regions and the tables.
     pub(crate) fn bytes(&self) -> u64 {
         let table = self.table.lock();
-        let tables = table.regions.capacity().saturating_mul(8)
-            + table.free.capacity().saturating_mul(4);
-        table.live.saturating_mul(Region::BYTES).saturating_add(tables as u64)
+        let tables =
+            table.regions.capacity().saturating_mul(8) + table.free.capacity().saturating_mul(4);
+        table
+            .live
+            .saturating_mul(Region::BYTES)
+            .saturating_add(tables as u64)
     }
 }

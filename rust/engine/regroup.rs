@@ -114,9 +114,14 @@ fn commit(policy: &mut Guard<'_, Policy, MutexBackend>, change: &Change<'_>) {
 }
 
 /// Runs `f` on every Shared slot of the host.
-fn each_shared(host: &Host, f: &mut dyn FnMut(&mut RegionGuard<'_>, usize, u32) -> Result) -> Result {
+fn each_shared(
+    host: &Host,
+    f: &mut dyn FnMut(&mut RegionGuard<'_>, usize, u32) -> Result,
+) -> Result {
     for id in 0..host.registry().end() {
-        let Some(region) = host.registry().get(id) else { continue };
+        let Some(region) = host.registry().get(id) else {
+            continue;
+        };
         if task::fatal_signal_pending() {
             return Err(EINTR);
         }
@@ -137,7 +142,11 @@ fn each_shared(host: &Host, f: &mut dyn FnMut(&mut RegionGuard<'_>, usize, u32) 
 
 /// For each record, who its sharers will be.
 fn groups(host: &Host, change: &Change<'_>, now: ShareScope) -> Result<KVVec<Group>> {
-    let mut groups = KVVec::from_elem(Group::Unseen, host.index().records_end() as usize, GFP_KERNEL)?;
+    let mut groups = KVVec::from_elem(
+        Group::Unseen,
+        host.index().records_end() as usize,
+        GFP_KERNEL,
+    )?;
     each_shared(host, &mut |guard, _, record| {
         let new = change.scope_of(guard.region().vm(), now);
         if let Some(group) = groups.get_mut(record as usize) {
@@ -195,13 +204,17 @@ fn break_shares(
 
 /// Records whose sharers moved together are found under the new scope from here on.
 fn rename_records(host: &Host, groups: &[Group]) {
-    host.index().rename_records(|id, frame, old| match groups.get(id as usize) {
-        Some(Group::One(scope)) if scope.0 != old.scope => {
-            let hash = hash::of_page(frame.as_ref(), host.seed(*scope));
-            Some(Key { hash, scope: *scope })
-        }
-        _ => None,
-    });
+    host.index()
+        .rename_records(|id, frame, old| match groups.get(id as usize) {
+            Some(Group::One(scope)) if scope.0 != old.scope => {
+                let hash = hash::of_page(frame.as_ref(), host.seed(*scope));
+                Some(Key {
+                    hash,
+                    scope: *scope,
+                })
+            }
+            _ => None,
+        });
 }
 
 /// What the scanner noted about private pages was under other hashes: it looks at them anew.
@@ -209,7 +222,9 @@ fn rename_records(host: &Host, groups: &[Group]) {
 /// All hints are gone, so this is for every VM's pages; only the changed VMs' tags are void too.
 fn forget_looks(host: &Host, changed: &[u32]) {
     for id in 0..host.registry().end() {
-        let Some(region) = host.registry().get(id) else { continue };
+        let Some(region) = host.registry().get(id) else {
+            continue;
+        };
         let new_hashes = changed.contains(&region.vm().id());
         for index in 0..SLOTS {
             region.forget_stable(index);

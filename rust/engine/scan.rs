@@ -53,7 +53,9 @@ impl Work for Scanner {
             let cpu_before = clock::thread_cpu_us();
             let done = walk.step(host, pacer.batch(&limits));
             let cpu_us = clock::thread_cpu_us().saturating_sub(cpu_before);
-            host.events.scan_cpu_us.store(clock::thread_cpu_us(), Ordering::Relaxed);
+            host.events
+                .scan_cpu_us
+                .store(clock::thread_cpu_us(), Ordering::Relaxed);
             let sleep_us = pacer.after(&host.limits(), clock::now_us(), done, cpu_us);
             if sleep_us > 0 {
                 host.scanner_bell.sleep(sleep_us, task::should_stop);
@@ -91,7 +93,13 @@ struct Visit {
 
 impl Walk {
     fn new() -> Walk {
-        Walk { region: 0, index: 0, window: 0, spare: None, found: false }
+        Walk {
+            region: 0,
+            index: 0,
+            window: 0,
+            spare: None,
+            found: false,
+        }
     }
 
     /// Looks at up to `pages` pages; returns how many it was.
@@ -205,8 +213,12 @@ impl Walk {
                 give_way(region);
             }
         }
-        host.events.pages_scanned.fetch_add(scanned, Ordering::Relaxed);
-        host.events.pages_skipped.fetch_add(skipped, Ordering::Relaxed);
+        host.events
+            .pages_scanned
+            .fetch_add(scanned, Ordering::Relaxed);
+        host.events
+            .pages_skipped
+            .fetch_add(skipped, Ordering::Relaxed);
         let looked = self.index.saturating_sub(from).max(1);
         if self.index >= SLOTS {
             self.next_region();
@@ -256,7 +268,9 @@ impl Walk {
             }
             return;
         }
-        let Some(page) = guard.page(index) else { return };
+        let Some(page) = guard.page(index) else {
+            return;
+        };
         if page.is_poisoned() {
             host.refusals.poisoned.fetch_add(1, Ordering::Relaxed);
             return;
@@ -266,9 +280,13 @@ impl Walk {
         let hash = hash::of_page(page, visit.seed);
         let changed = slot.class() != Class::Unchecked && slot.tag() != hash as u16;
         if changed {
-            host.index().unhint(u64::from(slot.tag()), guard.region().page_id(index));
+            host.index()
+                .unhint(u64::from(slot.tag()), guard.region().page_id(index));
             let backoff = slot.backoff();
-            guard.note(index, slot.looked_at(Class::Volatile, hash).with_backoff(backoff));
+            guard.note(
+                index,
+                slot.looked_at(Class::Volatile, hash).with_backoff(backoff),
+            );
             return;
         }
         let backoff = slot.backoff().saturating_sub(1);
@@ -276,25 +294,38 @@ impl Walk {
             if merge::try_zero(host, guard, index) == Outcome::Merged {
                 return;
             }
-            guard.note(index, slot.looked_at(Class::Unshared, hash).with_backoff(backoff));
+            guard.note(
+                index,
+                slot.looked_at(Class::Unshared, hash).with_backoff(backoff),
+            );
             return;
         }
         if visit.zero_only {
             guard.note(
                 index,
-                slot.looked_at(Class::Unshared, hash).with_backoff(backoff).with_stable(trusted),
+                slot.looked_at(Class::Unshared, hash)
+                    .with_backoff(backoff)
+                    .with_stable(trusted),
             );
             return;
         }
-        let key = Key { hash, scope: visit.scope };
+        let key = Key {
+            hash,
+            scope: visit.scope,
+        };
         match merge::try_merge(host, guard, index, key, visit.rules, &mut self.spare) {
             Outcome::Merged => {}
             Outcome::Unique => guard.note(
                 index,
-                slot.looked_at(Class::Unshared, hash).with_backoff(backoff).with_stable(trusted),
+                slot.looked_at(Class::Unshared, hash)
+                    .with_backoff(backoff)
+                    .with_stable(trusted),
             ),
             Outcome::NotNow => {
-                guard.note(index, slot.looked_at(Class::Unshared, hash).with_backoff(backoff));
+                guard.note(
+                    index,
+                    slot.looked_at(Class::Unshared, hash).with_backoff(backoff),
+                );
             }
         }
     }
@@ -321,7 +352,9 @@ fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
 fn reclaim_last(host: &Host, guard: &mut RegionGuard<'_>, index: usize, slot: Slot) {
     // The slot must let go of its sharer to hand it over, and nothing may see it in between: the
     // region is locked.
-    let Content::Shared(sharer) = guard.set(index, Content::Empty, 0) else { return };
+    let Content::Shared(sharer) = guard.set(index, Content::Empty, 0) else {
+        return;
+    };
     let content = match host.index().take_last(sharer) {
         Ok(frame) => Content::Private(frame),
         Err(sharer) => Content::Shared(sharer),

@@ -4,10 +4,7 @@
 //!
 //! Lock order: the index is a leaf under region locks; below it only the registry's lock.
 
-use super::{
-    region::Registry,
-    vm::Scope,
-};
+use super::{region::Registry, vm::Scope};
 use crate::{
     logic::{
         catalog::{Catalog, Entry, GroupPage, HintOutcome, StableOutcome},
@@ -42,7 +39,10 @@ pub(crate) struct Key {
 
 impl Key {
     fn label(self) -> Label {
-        Label { hash: self.hash, scope: self.scope.0 }
+        Label {
+            hash: self.hash,
+            scope: self.scope.0,
+        }
     }
 }
 
@@ -234,7 +234,8 @@ impl SharedIndex {
             let inner = self.lock();
             let wants_records = inner.records.table().free() < ROOM;
             let too_small = inner.catalog.capacity() < contents.saturating_mul(8) / 7;
-            let wants_groups = inner.catalog.wants_page() && (too_small || inner.catalog.capacity() == 0);
+            let wants_groups =
+                inner.catalog.wants_page() && (too_small || inner.catalog.capacity() == 0);
             let wants_growth = inner.catalog.wants_growth() && too_small;
             drop(inner);
             if wants_records {
@@ -274,7 +275,9 @@ impl SharedIndex {
         let mut next = 0;
         while let Some(id) = inner.records.table().next_live(next) {
             next = id.saturating_add(1);
-            let Some(page) = inner.records.page(id) else { continue };
+            let Some(page) = inner.records.page(id) else {
+                continue;
+            };
             let (frame, old) = (page.get(), page.label());
             if let Some(key) = rename(id, &frame, old) {
                 inner.catalog.remove(old.hash, Entry::Stable(id));
@@ -305,7 +308,10 @@ impl SharedIndex {
         IndexFigures {
             pages_shared: inner.records.table().len() as u64,
             pages_sharing: inner.records.table().pages_sharing(),
-            bytes: inner.catalog.bytes().saturating_add(inner.records.table().bytes()),
+            bytes: inner
+                .catalog
+                .bytes()
+                .saturating_add(inner.records.table().bytes()),
         }
     }
 }
@@ -319,7 +325,9 @@ fn forget_owner(registry: &Registry, page_id: u32) {
 
 /// The low bits of the hash that a hint's page had when it was looked at; `None` if it has changed.
 fn owner_bits(registry: &Registry, entry: Entry) -> Option<u16> {
-    let Entry::Hint(page_id) = entry else { return None };
+    let Entry::Hint(page_id) = entry else {
+        return None;
+    };
     let (region, index) = registry.page(page_id)?;
     let slot = region.peek(index);
     (slot.state() == State::Private && slot.class() == Class::Unshared).then(|| slot.tag())

@@ -301,14 +301,24 @@ impl Vms {
             }
             *place.lock() = None;
         }
-        if list.vms.iter().any(|vm| vm.with_name(|other| other == name)) {
+        if list
+            .vms
+            .iter()
+            .any(|vm| vm.with_name(|other| other == name))
+        {
             return Err(EEXIST);
         }
         let id = list.next_id;
         list.next_id = id.wrapping_add(1);
         let domain = match domain {
             Some(name) => list.domain(name)?,
-            None => Arc::new(Domain { id: list.take_id(), name: KVec::new() }, GFP_KERNEL)?,
+            None => Arc::new(
+                Domain {
+                    id: list.take_id(),
+                    name: KVec::new(),
+                },
+                GFP_KERNEL,
+            )?,
         };
         let vm = Vm::new(id, name, domain, defaults, share_scope)?;
         list.vms.push(vm.clone(), GFP_KERNEL)?;
@@ -327,7 +337,9 @@ impl Vms {
     pub(crate) fn wait_for_an_end(&self, place: &Mutex<Option<Arc<Vm>>>) -> Result {
         let mut list = self.list.lock();
         loop {
-            let Some(vm) = place.lock().clone() else { return Ok(()) };
+            let Some(vm) = place.lock().clone() else {
+                return Ok(());
+            };
             let ending = vm.files.load(Ordering::Relaxed) == 0
                 && list.vms.iter().any(|other| Arc::ptr_eq(other, &vm));
             if !ending {
@@ -357,7 +369,11 @@ impl Vms {
     /// Gives the VM another name. EEXIST when it is taken.
     pub(crate) fn rename(&self, vm: &Arc<Vm>, name: &[u8]) -> Result {
         let list = self.list.lock();
-        if list.vms.iter().any(|o| !Arc::ptr_eq(o, vm) && o.with_name(|other| other == name)) {
+        if list
+            .vms
+            .iter()
+            .any(|o| !Arc::ptr_eq(o, vm) && o.with_name(|other| other == name))
+        {
             return Err(EEXIST);
         }
         let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
@@ -381,7 +397,13 @@ impl Vms {
         let mut list = self.list.lock();
         if name.is_empty() {
             let id = list.take_id();
-            return Ok(Arc::new(Domain { id, name: KVec::new() }, GFP_KERNEL)?);
+            return Ok(Arc::new(
+                Domain {
+                    id,
+                    name: KVec::new(),
+                },
+                GFP_KERNEL,
+            )?);
         }
         list.domain(name)
     }
@@ -390,7 +412,10 @@ impl Vms {
     pub(crate) fn bytes(&self) -> u64 {
         let list = self.list.lock();
         let vms = list.vms.len().saturating_mul(core::mem::size_of::<Vm>());
-        let domains = list.domains.len().saturating_mul(core::mem::size_of::<Domain>());
+        let domains = list
+            .domains
+            .len()
+            .saturating_mul(core::mem::size_of::<Domain>());
         vms.saturating_add(domains) as u64
     }
 
@@ -423,7 +448,13 @@ impl VmList {
         }
         let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
         owned.extend_from_slice(name, GFP_KERNEL)?;
-        let domain = Arc::new(Domain { id: self.take_id(), name: owned }, GFP_KERNEL)?;
+        let domain = Arc::new(
+            Domain {
+                id: self.take_id(),
+                name: owned,
+            },
+            GFP_KERNEL,
+        )?;
         self.domains.push(domain.clone(), GFP_KERNEL)?;
         Ok(domain)
     }

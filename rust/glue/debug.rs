@@ -43,7 +43,14 @@ impl DebugFiles {
 
 fn show_waits(waits: &Waits, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let hist = waits.0.lock_wait_us.snapshot();
-    writeln!(f, "count {} p50 {} p99 {} max {}", hist.count(), hist.p50(), hist.p99(), hist.max)?;
+    writeln!(
+        f,
+        "count {} p50 {} p99 {} max {}",
+        hist.count(),
+        hist.p50(),
+        hist.p99(),
+        hist.max
+    )?;
     for (bucket, count) in hist.buckets.iter().enumerate() {
         if *count > 0 {
             let (from, to) = crate::logic::hist::bucket_bounds(bucket);

@@ -53,7 +53,10 @@ impl<'a> Open<'a> {
     unsafe fn of_inode(inode: *mut bindings::inode) -> Result<Open<'a>> {
         // SAFETY: By the caller's promise.
         let node: &'a node::Node = unsafe { &*((*inode).i_private.cast()) };
-        Ok(Open { inode, backing: node.file()? })
+        Ok(Open {
+            inode,
+            backing: node.file()?,
+        })
     }
 
     fn size(&self) -> u64 {
@@ -171,7 +174,11 @@ unsafe fn write(iocb: &mut bindings::kiocb, from: *mut bindings::iov_iter) -> Re
     // SAFETY: Both are the kernel's; the inode lock is held.
     let allowed = unsafe { bindings::generic_write_checks(iocb, from) };
     if allowed <= 0 {
-        return if allowed == 0 { Ok(0) } else { Err(Error::from_errno(allowed as c_int)) };
+        return if allowed == 0 {
+            Ok(0)
+        } else {
+            Err(Error::from_errno(allowed as c_int))
+        };
     }
     // SAFETY: The file is open; the inode lock is held.
     kernel::error::to_result(unsafe { bindings::file_update_time(iocb.ki_filp) })?;

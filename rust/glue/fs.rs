@@ -122,8 +122,11 @@ unsafe fn new_file(dir: Inode, mode: u16, name: &[u8]) -> Result<Inode> {
     let own_place: Pin<KBox<Mutex<Option<Arc<Vm>>>>> =
         KBox::pin_init(new_mutex!(None, "thinram_file_vm"), GFP_KERNEL)?;
     let dir_name = parent.name.lock();
-    let (place, vm_name) =
-        if parent.is_root { (&*own_place, name) } else { (&parent.vm, &dir_name[..]) };
+    let (place, vm_name) = if parent.is_root {
+        (&*own_place, name)
+    } else {
+        (&parent.vm, &dir_name[..])
+    };
     check_vm_name(vm_name)?;
     // SAFETY: As above; what fails half-way is undone.
     unsafe {
@@ -309,7 +312,11 @@ unsafe fn rename_vm<'a>(
     // SAFETY: By the caller's promise. The nodes outlive the rename, during which the kernel holds
     // their inodes.
     let (mount, node, parent) = unsafe {
-        (node::of_sb((*inode).i_sb), node::of_inode::<'a>(inode)?, node::of_inode(old_dir)?)
+        (
+            node::of_sb((*inode).i_sb),
+            node::of_inode::<'a>(inode)?,
+            node::of_inode(old_dir)?,
+        )
     };
     let host = mount.host.clone();
     let in_root = parent.dir()?.is_root;
@@ -394,7 +401,9 @@ unsafe extern "C" fn thinram_rs_evict_inode(inode: Inode) {
         bindings::truncate_inode_pages_final(&raw mut (*inode).i_data);
         bindings::clear_inode(inode);
         let private = core::mem::replace(&mut (*inode).i_private, core::ptr::null_mut());
-        let Some(private) = NonNull::new(private.cast::<Node>()) else { return };
+        let Some(private) = NonNull::new(private.cast::<Node>()) else {
+            return;
+        };
         let node = Arc::from_raw(private.as_ptr());
         if let Node::File(backing) = &*node {
             let mount = node::of_sb((*inode).i_sb);

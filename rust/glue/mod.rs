@@ -30,9 +30,7 @@ fn length(result: Result<usize, Error>) -> isize {
 }
 
 /// Makes the host known to all of `glue` and shows it in sysfs. Called once, by the module's init.
-pub(crate) fn start(
-    host: &kernel::sync::Arc<crate::engine::host::Host>,
-) -> Result<(), Error> {
+pub(crate) fn start(host: &kernel::sync::Arc<crate::engine::host::Host>) -> Result<(), Error> {
     // SAFETY: The module's init runs once, before the kernel can call anything else of ours.
     unsafe {
         mount::set_host(host.clone());

@@ -133,7 +133,11 @@ unsafe extern "C" fn thinram_rs_parse_param(
     // SAFETY: A string parameter's value is a C string; the union is read as the option says.
     let parsed = unsafe {
         let text = bindings::thinram_param_string(param);
-        let text = if text.is_null() { &[][..] } else { CStr::from_char_ptr(text).to_bytes() };
+        let text = if text.is_null() {
+            &[][..]
+        } else {
+            CStr::from_char_ptr(text).to_bytes()
+        };
         parse(fc, options(fc), opt, text, &result)
     };
     super::errno(parsed)
@@ -154,7 +158,10 @@ unsafe fn parse(
         match opt {
             OPT_SIZE => {
                 let bytes = tunables::parse_size(text).map_err(|_| {
-                    refuse(fc, c"size= takes bytes, or a number with k, m, g or t; 0 = no limit")
+                    refuse(
+                        fc,
+                        c"size= takes bytes, or a number with k, m, g or t; 0 = no limit",
+                    )
                 })?;
                 options.size_pages = Some(bytes / PAGE);
             }
@@ -166,7 +173,10 @@ unsafe fn parse(
             OPT_GID => options.gid = Some(bindings::thinram_result_gid(value)),
             OPT_DOMAIN => {
                 let name = tunables::parse_name(text).map_err(|_| {
-                    refuse(fc, c"domain= takes 1 to 255 bytes of UTF-8 without control characters")
+                    refuse(
+                        fc,
+                        c"domain= takes 1 to 255 bytes of UTF-8 without control characters",
+                    )
                 })?;
                 let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
                 owned.extend_from_slice(name.as_bytes(), GFP_KERNEL)?;
@@ -258,21 +268,36 @@ fn remount(
         (Some(_), None) => false,
     };
     if !same_domain {
-        return Err(refuse(fc, c"domain= cannot change on remount: write vms/NAME/domain instead"));
+        return Err(refuse(
+            fc,
+            c"domain= cannot change on remount: write vms/NAME/domain instead",
+        ));
     }
     if options.uid.is_some() || options.gid.is_some() {
-        return Err(refuse(fc, c"uid= and gid= cannot change on remount: use chown"));
+        return Err(refuse(
+            fc,
+            c"uid= and gid= cannot change on remount: use chown",
+        ));
     }
     if options.mode.is_some_and(|mode| mode != mount.mode) {
         return Err(refuse(fc, c"mode= cannot change on remount: use chmod"));
     }
-    if options.share.is_some_and(|share| share != mount.defaults.share)
-        || options.scan_pages_per_sec.is_some_and(|n| n != mount.defaults.scan_pages_per_sec)
+    if options
+        .share
+        .is_some_and(|share| share != mount.defaults.share)
+        || options
+            .scan_pages_per_sec
+            .is_some_and(|n| n != mount.defaults.scan_pages_per_sec)
     {
-        return Err(refuse(fc, c"defaults for VMs cannot change on remount: write vms/NAME/..."));
+        return Err(refuse(
+            fc,
+            c"defaults for VMs cannot change on remount: write vms/NAME/...",
+        ));
     }
     if let Some(pages) = options.size_pages {
-        mount.set_limit(pages).map_err(|_| refuse(fc, c"size= is less than the files have"))?;
+        mount
+            .set_limit(pages)
+            .map_err(|_| refuse(fc, c"size= is less than the files have"))?;
     }
     Ok(())
 }
@@ -322,8 +347,12 @@ unsafe extern "C" fn thinram_rs_show_options(
     root: *mut bindings::dentry,
 ) -> c_int {
     // SAFETY: A dentry of ours, and the kernel's seq_file.
-    let (mount, out) =
-        unsafe { (node::of_sb((*root).d_sb), kernel::seq_file::SeqFile::from_raw(seq)) };
+    let (mount, out) = unsafe {
+        (
+            node::of_sb((*root).d_sb),
+            kernel::seq_file::SeqFile::from_raw(seq),
+        )
+    };
     let (limit, _) = mount.usage();
     if limit != 0 {
         kernel::seq_print!(out, ",size={}k", limit.saturating_mul(PAGE / 1024));
@@ -346,7 +375,11 @@ unsafe extern "C" fn thinram_rs_show_options(
         kernel::seq_print!(out, ",share=0");
     }
     if mount.defaults.scan_pages_per_sec != 0 {
-        kernel::seq_print!(out, ",scan_pages_per_sec={}", mount.defaults.scan_pages_per_sec);
+        kernel::seq_print!(
+            out,
+            ",scan_pages_per_sec={}",
+            mount.defaults.scan_pages_per_sec
+        );
     }
     0
 }

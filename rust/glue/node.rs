@@ -43,13 +43,23 @@ impl Mount {
         limit_pages: u64,
     ) -> Result<Arc<Mount>> {
         let (limit_pages, used_pages) = (AtomicU64::new(limit_pages), AtomicU64::new(0));
-        let mount = Mount { host, domain, defaults, mode, limit_pages, used_pages };
+        let mount = Mount {
+            host,
+            domain,
+            defaults,
+            mode,
+            limit_pages,
+            used_pages,
+        };
         Ok(Arc::new(mount, GFP_KERNEL)?)
     }
 
     /// Limit and use in pages.
     pub(crate) fn usage(&self) -> (u64, u64) {
-        (self.limit_pages.load(Ordering::Relaxed), self.used_pages.load(Ordering::Relaxed))
+        (
+            self.limit_pages.load(Ordering::Relaxed),
+            self.used_pages.load(Ordering::Relaxed),
+        )
     }
 
     /// Another limit; refused when the files have more already.
@@ -71,7 +81,10 @@ impl Mount {
             let used = used.saturating_sub(old).checked_add(new)?;
             (new <= old || used <= limit).then_some(used)
         };
-        match self.used_pages.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change) {
+        match self
+            .used_pages
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, change)
+        {
             Ok(_) => Ok(()),
             Err(_) => Err(ENOSPC),
         }

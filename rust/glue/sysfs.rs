@@ -21,11 +21,7 @@ use core::{
     fmt::Write,
     sync::atomic::{AtomicU64, Ordering},
 };
-use kernel::{
-    ffi::c_char,
-    prelude::*,
-    sync::Arc,
-};
+use kernel::{ffi::c_char, prelude::*, sync::Arc};
 
 /// One file of a directory for `T`.
 struct File<T> {
@@ -41,7 +37,10 @@ fn refused(bad: BadValue) -> Error {
 }
 
 fn knob(name: &str, bytes: &[u8]) -> Result<u64> {
-    Knob::find(name).ok_or(EINVAL)?.parse(bytes).map_err(refused)
+    Knob::find(name)
+        .ok_or(EINVAL)?
+        .parse(bytes)
+        .map_err(refused)
 }
 
 fn line(page: &mut Page<'_>, value: impl core::fmt::Display) -> Result {
@@ -149,7 +148,9 @@ files! {
 }
 
 fn saved_pages(host: &Host) -> u64 {
-    host.figures().pages_sharing.saturating_add(host.totals().zero)
+    host.figures()
+        .pages_sharing
+        .saturating_add(host.totals().zero)
 }
 
 impl Attributes for HostFiles {
@@ -160,7 +161,10 @@ impl Attributes for HostFiles {
         (HOST_FILES.get(index).ok_or(EIO)?.show)(self, out)
     }
     fn store(&self, index: usize, data: &[u8]) -> Result {
-        (HOST_FILES.get(index).and_then(|file| file.store).ok_or(EPERM)?)(self, data)
+        (HOST_FILES
+            .get(index)
+            .and_then(|file| file.store)
+            .ok_or(EPERM)?)(self, data)
     }
 }
 
@@ -216,7 +220,11 @@ files! {
 
 /// All states of a VM in one snapshot.
 fn stat(vm: &Vm, page: &mut Page<'_>) -> Result {
-    let VmCounts { pages, unshared, volatile } = vm.snapshot();
+    let VmCounts {
+        pages,
+        unshared,
+        volatile,
+    } = vm.snapshot();
     let mut row = |name: &str, value: u64| writeln!(page, "{name} {value}").map_err(|_| ENOSPC);
     row("size_kb", pages.size_kb())?;
     row("resident_kb", pages.resident_kb(0))?;
@@ -239,7 +247,10 @@ impl Attributes for Vm {
         (VM_FILES.get(index).ok_or(EIO)?.show)(self, out)
     }
     fn store(&self, index: usize, data: &[u8]) -> Result {
-        (VM_FILES.get(index).and_then(|file| file.store).ok_or(EPERM)?)(self, data)
+        (VM_FILES
+            .get(index)
+            .and_then(|file| file.store)
+            .ok_or(EPERM)?)(self, data)
     }
 }
 

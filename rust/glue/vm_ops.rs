@@ -38,12 +38,16 @@ unsafe fn answer(
     vmf: *mut bindings::vm_fault,
     how: fn(&Backing, Fault) -> Answer,
 ) -> bindings::vm_fault_t {
-    let Some(vmf) = NonNull::new(vmf) else { return Answer::BusError.code() };
+    let Some(vmf) = NonNull::new(vmf) else {
+        return Answer::BusError.code();
+    };
     // SAFETY: The kernel's vm_fault, with its fault lock held.
     let (vma, fault) = unsafe { ((*vmf.as_ptr()).__bindgen_anon_1.vma, Fault::from_raw(vmf)) };
     // SAFETY: The fault's mapping is one of ours: it has our vm_ops. The inode outlives a dropped
     // fault lock only as far as the engine needs it: it touches neither after dropping the lock.
-    unsafe { with_backing(vma, |backing| how(backing, fault)) }.unwrap_or(Answer::BusError).code()
+    unsafe { with_backing(vma, |backing| how(backing, fault)) }
+        .unwrap_or(Answer::BusError)
+        .code()
 }
 
 /// # Safety

@@ -100,9 +100,8 @@ impl Fault {
     /// The caller holds the region lock and knows that no other page is mapped here.
     pub(crate) fn map(&self, page: PageRef<'_>, writable: bool) -> Result<Answer, NoPageTable> {
         // SAFETY: By the type's invariant; the page is alive.
-        let code = unsafe {
-            bindings::vmf_insert_page_mkwrite(self.0.as_ptr(), page.as_ptr(), writable)
-        };
+        let code =
+            unsafe { bindings::vmf_insert_page_mkwrite(self.0.as_ptr(), page.as_ptr(), writable) };
         match code {
             bindings::vm_fault_reason_VM_FAULT_NOPAGE => Ok(Answer::Done),
             bindings::vm_fault_reason_VM_FAULT_OOM => Err(NoPageTable),

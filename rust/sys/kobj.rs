@@ -56,7 +56,10 @@ impl Page<'_> {
     /// Adds bytes; fails when the page is full.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> Result {
         let end = self.len.checked_add(bytes.len()).ok_or(EOVERFLOW)?;
-        self.bytes.get_mut(self.len..end).ok_or(ENOSPC)?.copy_from_slice(bytes);
+        self.bytes
+            .get_mut(self.len..end)
+            .ok_or(ENOSPC)?
+            .copy_from_slice(bytes);
         self.len = end;
         Ok(())
     }
@@ -116,8 +119,12 @@ impl<T: Attributes> Directory<T> {
             GFP_KERNEL,
         )?;
         // SAFETY: The box is not moved: it is only turned back into a box by `drop`.
-        let node = unsafe { NonNull::new_unchecked(KBox::into_raw(Pin::into_inner_unchecked(node))) };
-        let directory = Directory { node, data: ManuallyDrop::new(data) };
+        let node =
+            unsafe { NonNull::new_unchecked(KBox::into_raw(Pin::into_inner_unchecked(node))) };
+        let directory = Directory {
+            node,
+            data: ManuallyDrop::new(data),
+        };
         let parent = match parent {
             // SAFETY: fs_kobj lives as long as the kernel.
             Parent::Fs => unsafe { bindings::thinram_fs_kobj() },
@@ -131,7 +138,11 @@ impl<T: Attributes> Directory<T> {
         for attribute in T::table() {
             // SAFETY: The kobject was added; the attribute is static.
             to_result(unsafe {
-                bindings::sysfs_create_file_ns(directory.kobj(), attribute.0.get(), core::ptr::null())
+                bindings::sysfs_create_file_ns(
+                    directory.kobj(),
+                    attribute.0.get(),
+                    core::ptr::null(),
+                )
             })?;
         }
         Ok(directory)
@@ -187,7 +198,9 @@ fn node_of(kobj: *mut bindings::kobject) -> Option<NonNull<Node>> {
 }
 
 fn index_of(table: &'static [Attribute], attr: *mut bindings::attribute) -> Option<usize> {
-    table.iter().position(|known| core::ptr::eq(known.0.get(), attr))
+    table
+        .iter()
+        .position(|known| core::ptr::eq(known.0.get(), attr))
 }
 
 /// Shows a file. Returns the length or a negative errno.
@@ -227,7 +240,9 @@ pub(crate) unsafe fn store(
     let (store, table) = unsafe { (node.as_ref().store, node.as_ref().table) };
     let index = index_of(table, attr).ok_or(EIO)?;
     // SAFETY: By the caller's promise.
-    store(node, index, unsafe { core::slice::from_raw_parts(buf, count) })
+    store(node, index, unsafe {
+        core::slice::from_raw_parts(buf, count)
+    })
 }
 
 /// The last reference to a kobject went.

@@ -52,7 +52,12 @@ impl Mapping {
             // SAFETY: By the type's invariant. May sleep; the caller holds a region lock (a mutex)
             // and no spinlock.
             unsafe {
-                bindings::unmap_mapping_pages(self.0.as_ptr(), first as usize, pages as usize, false)
+                bindings::unmap_mapping_pages(
+                    self.0.as_ptr(),
+                    first as usize,
+                    pages as usize,
+                    false,
+                )
             }
         }
     }

@@ -219,9 +219,15 @@ impl<'a> PageRef<'a> {
     pub(crate) fn freeze(self) -> Option<Frozen<'a>> {
         // SAFETY: The page is alive.
         if unsafe { bindings::thinram_page_freeze(self.0.as_ptr(), 1) } {
-            Some(Frozen { page: self, real: true })
+            Some(Frozen {
+                page: self,
+                real: true,
+            })
         } else if !protect::armed(protect::Protection::Freeze) {
-            Some(Frozen { page: self, real: false })
+            Some(Frozen {
+                page: self,
+                real: false,
+            })
         } else {
             None
         }

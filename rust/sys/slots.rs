@@ -8,10 +8,7 @@
 use super::page::{Frame, PageRef};
 use crate::logic::slot::{Slot, State};
 use core::sync::atomic::{AtomicU64, Ordering};
-use kernel::{
-    alloc::AllocError,
-    prelude::*,
-};
+use kernel::{alloc::AllocError, prelude::*};
 
 /// Pages in a region of 2 MiB.
 pub(crate) const SLOTS: usize = 512;
@@ -79,7 +76,9 @@ impl SlotWords {
     /// Changes tag, class, back-off or stable bit; a slot of another state or payload is left alone.
     #[inline]
     pub(crate) fn note(&self, _key: &mut SlotKey, index: usize, slot: Slot) {
-        let Some(word) = self.0.get(index) else { return };
+        let Some(word) = self.0.get(index) else {
+            return;
+        };
         let old = Slot::from_word(word.load(Ordering::Relaxed));
         if old.owns_the_same(slot) {
             word.store(slot.word(), Ordering::Relaxed);
@@ -94,7 +93,9 @@ impl SlotWords {
         content: Content,
         backoff: u8,
     ) -> Content {
-        let Some(word) = self.0.get(index) else { return content };
+        let Some(word) = self.0.get(index) else {
+            return content;
+        };
         let slot = match content {
             Content::Empty => Slot::EMPTY,
             Content::Zero => Slot::ZERO,

@@ -9,7 +9,11 @@ mod tests {
     use kernel::prelude::*;
 
     fn frame(zeroed: bool) -> Result<Frame> {
-        let purpose = if zeroed { Purpose::GuestZeroed } else { Purpose::Shared };
+        let purpose = if zeroed {
+            Purpose::GuestZeroed
+        } else {
+            Purpose::Shared
+        };
         let mut frame = Frame::alloc(purpose, -1).ok_or(ENOMEM)?;
         if zeroed {
             frame.clear();
@@ -67,10 +71,11 @@ mod tests {
         let mut one = frame(true)?;
         let two = frame(true)?;
         let seed = Seed::new(1, 2);
-        assert_eq!(hash::of_page(one.as_ref(), seed), hash::of_page(two.as_ref(), seed));
-        assert!(
-            hash::of_page(one.as_ref(), seed) != hash::of_page(one.as_ref(), Seed::new(1, 3))
+        assert_eq!(
+            hash::of_page(one.as_ref(), seed),
+            hash::of_page(two.as_ref(), seed)
         );
+        assert!(hash::of_page(one.as_ref(), seed) != hash::of_page(one.as_ref(), Seed::new(1, 3)));
         one.fill_for_test(0, 7);
         assert!(hash::of_page(one.as_ref(), seed) != hash::of_page(two.as_ref(), seed));
         Ok(())
@@ -102,7 +107,10 @@ mod tests {
     #[test]
     fn a_label_stays_with_its_frame() -> Result {
         let mut page = frame(true)?;
-        let label = Label { hash: u64::MAX - 5, scope: 77 };
+        let label = Label {
+            hash: u64::MAX - 5,
+            scope: 77,
+        };
         page.set_label(label);
         assert!(page.as_ref().label() == label);
         Ok(())

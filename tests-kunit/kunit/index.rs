@@ -13,7 +13,10 @@ mod tests {
     use kernel::prelude::*;
 
     fn key(hash: u64) -> Key {
-        Key { hash, scope: Scope::of_domain(4) }
+        Key {
+            hash,
+            scope: Scope::of_domain(4),
+        }
     }
 
     fn published(
@@ -22,7 +25,9 @@ mod tests {
         hash: u64,
     ) -> Result<(crate::sys::slots::Sharer, crate::sys::slots::Sharer)> {
         let frame = Frame::alloc(Purpose::Shared, -1).ok_or(ENOMEM)?;
-        index.publish(key(hash), frame, 0, registry).map_err(|_| ENOSPC)
+        index
+            .publish(key(hash), frame, 0, registry)
+            .map_err(|_| ENOSPC)
     }
 
     fn first(index: &SharedIndex, key: Key) -> Option<Candidate> {
@@ -48,8 +53,14 @@ mod tests {
         let index = KBox::pin_init(SharedIndex::new(), GFP_KERNEL)?;
         index.maintain(&registry, 100)?;
         let (one, two) = published(&index, &registry, 0x1234_5678)?;
-        assert!(matches!(first(&index, key(0x1234_5678)), Some(Candidate::Record(_))));
-        let elsewhere = Key { hash: 0x1234_5678, scope: Scope::of_domain(5) };
+        assert!(matches!(
+            first(&index, key(0x1234_5678)),
+            Some(Candidate::Record(_))
+        ));
+        let elsewhere = Key {
+            hash: 0x1234_5678,
+            scope: Scope::of_domain(5),
+        };
         assert!(first(&index, elsewhere).is_none());
         assert_eq!(index.figures().pages_shared, 1);
         assert_eq!(index.figures().pages_sharing, 1);
@@ -86,7 +97,11 @@ mod tests {
     fn hints_survive_growth() -> Result {
         let registry = KBox::pin_init(Registry::new(), GFP_KERNEL)?;
         let index = KBox::pin_init(SharedIndex::new(), GFP_KERNEL)?;
-        let hash = |page: u32| u64::from(page).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        let hash = |page: u32| {
+            u64::from(page)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .rotate_left(29)
+        };
         const PAGES: u32 = 3000;
         for page in 0..PAGES {
             if page % 64 == 0 {
@@ -98,7 +113,10 @@ mod tests {
             .filter(|&page| {
                 let mut found = [None; CANDIDATES];
                 index.find(key(hash(page)), u32::MAX, &mut found);
-                found.iter().flatten().any(|c| matches!(c, Candidate::Page(id) if *id == page))
+                found
+                    .iter()
+                    .flatten()
+                    .any(|c| matches!(c, Candidate::Page(id) if *id == page))
             })
             .count();
         // Hints whose owner is unknown are dropped when a row is folded: none of these pages exists.

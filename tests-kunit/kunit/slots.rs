@@ -31,7 +31,10 @@ mod tests {
         let (words, mut key) = SlotWords::new()?;
         let frame = frame()?;
         let pfn = frame.as_ref().pfn();
-        assert!(matches!(words.replace(&mut key, 3, Content::Private(frame), 0), Content::Empty));
+        assert!(matches!(
+            words.replace(&mut key, 3, Content::Private(frame), 0),
+            Content::Empty
+        ));
         assert_eq!(words.page(&key, 3).map(|page| page.pfn()), Some(pfn));
         match words.replace(&mut key, 3, Content::Zero, 0) {
             Content::Private(back) => {
@@ -62,7 +65,11 @@ mod tests {
         drop(words.replace(&mut key, 0, Content::Private(frame()?), 1));
         let slot = words.peek(0);
         assert_eq!(slot.backoff(), 1);
-        words.note(&mut key, 0, slot.looked_at(Class::Unshared, 9).with_stable(true));
+        words.note(
+            &mut key,
+            0,
+            slot.looked_at(Class::Unshared, 9).with_stable(true),
+        );
         assert!(words.peek(0).is_stable());
         assert!(words.clear_stable(0));
         assert!(!words.clear_stable(0));
