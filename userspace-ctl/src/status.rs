@@ -233,7 +233,7 @@ impl Status {
             notes.push(format!(
                 "{} {are}: pages are shared within the VM only. To let VMs that trust each other \
                  share: mount -o domain=NAME, or thinramctl vm set VM domain NAME.",
-                alone.join(", ")
+                some_of(&alone)
             ));
         }
         for vm in &self.vms {
@@ -243,6 +243,16 @@ impl Status {
         }
         notes
     }
+}
+
+/// The first names of a list, and how many more there are.
+fn some_of(names: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let mut text = names[..names.len().min(SHOWN)].join(", ");
+    if names.len() > SHOWN {
+        text.push_str(&format!(" and {} more", names.len() - SHOWN));
+    }
+    text
 }
 
 fn shown_domain(vm: &Vm) -> String {

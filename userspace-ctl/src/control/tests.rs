@@ -459,6 +459,46 @@ fn old_news_of_a_moving_guest_are_no_foreign_move() {
 }
 
 #[test]
+fn a_slow_guest_is_no_inactive_one() {
+    for nature in [Nature::Ideal, Nature::NowAndThen(2.0)] {
+        let mut slow = SimGuest::new("a", nature, 4 * G);
+        slow.rate = 8 * M;
+        let config = config("pressure", &[("a", "1G", "8G")]);
+        let mut sim = Sim::new(8 * G, config, ON, vec![slow]);
+        for _ in 0..400 {
+            sim.second();
+            let conduct = sim.controller.guests()["a"].conduct();
+            let busy = matches!(conduct, Conduct::Settled | Conduct::Moving);
+            assert!(busy, "{nature:?} {} {conduct:?}", sim.now_s);
+        }
+        assert!(sim.size("a") < 3 * G, "{nature:?}");
+    }
+}
+
+#[test]
+fn a_guest_that_came_back_is_tried_soon_again() {
+    let config = config("manual", &[("a", "1G", "8G")]);
+    let mut sim = Sim::new(
+        8 * G,
+        config,
+        ON,
+        vec![SimGuest::new("a", Nature::Stuck, 4 * G)],
+    );
+    sim.asked.sizes.insert("a".to_owned(), 2 * G);
+    sim.run(1200);
+    sim.guest("a").nature = Nature::Ideal;
+    sim.run(1200);
+    assert_eq!(sim.size("a"), 2 * G);
+    sim.guest("a").nature = Nature::Stuck;
+    sim.asked.sizes.insert("a".to_owned(), 3 * G);
+    sim.orders.clear();
+    sim.run(60);
+    // Given, called off after 5 s, and tried again 20 s after it was called uncooperative.
+    let told: Vec<f64> = sim.orders.iter().map(|(at, _)| at - 2400.0).collect();
+    assert!(told.iter().any(|at| (39.0..=55.0).contains(at)), "{told:?}");
+}
+
+#[test]
 fn a_host_that_runs_short_decides_at_once() {
     let first = |state| {
         let guests = vec![SimGuest::new("a", Nature::Ideal, 4 * G)];

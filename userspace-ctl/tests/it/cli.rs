@@ -103,6 +103,17 @@ fn screens_of_80_and_40_columns() {
 }
 
 #[test]
+fn many_vms_of_their_own_are_not_all_named() {
+    let tree = Tree::empty();
+    for nth in 0..40 {
+        tree.vm(format!("vm{nth:02}"), "", [4, 4, 0, 0, 0]);
+    }
+    let shown = ok(&tree, &["status"]);
+    assert!(shown.contains("vm00, vm01, vm02, vm03, vm04 and 35 more are domains of their own"));
+    assert!(shown.contains("= 40 VMs"));
+}
+
+#[test]
 fn status_without_vms() {
     let shown = ok(&Tree::empty(), &["status"]);
     assert!(shown.contains("No VM: start a guest"), "{shown}");
@@ -216,6 +227,16 @@ fn figures_without_stat_are_no_snapshot() {
         json_of(&tree, &["--json", "vm", "show", "web1"])["size_kb"],
         1000
     );
+}
+
+#[test]
+fn states_are_never_mixed_from_two_readings() {
+    let tree = Tree::full();
+    tree.write("vms/web1/stat", "size_kb 1000\nprivate_kb 900\n");
+    tree.write("vms/web1/zero_kb", "100\n");
+    tree.write("vms/web1/faults", "7\n");
+    let vm = json_of(&tree, &["--json", "vm", "show", "web1"]);
+    assert_eq!((vm.get("zero_kb"), &vm["faults"]), (None, &json!(7)));
 }
 
 #[test]
