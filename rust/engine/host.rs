@@ -9,7 +9,7 @@ use super::{
     region::Registry,
     regroup::{self, Change},
     shared::{IndexFigures, SharedIndex},
-    vm::{Scope, Vm, VmDefaults, Vms},
+    vm::{MakeDirectory, Scope, Vm, VmDefaults, Vms},
 };
 use crate::{
     logic::{
@@ -19,7 +19,6 @@ use crate::{
     },
     sys::{
         hash::{self, Seed},
-        kobj::Directory,
         page::{Frame, PageRef, Purpose},
         slots::Content,
     },
@@ -299,7 +298,7 @@ impl Host {
         name: &[u8],
         domain: Option<&[u8]>,
         defaults: VmDefaults,
-        make_directory: &dyn Fn(&Arc<Vm>, &[u8]) -> Result<Directory<Vm>>,
+        make_directory: MakeDirectory<'_>,
     ) -> Result<Arc<Vm>> {
         loop {
             // The policy stays locked until the VM is listed, so that its scope cannot be stale.

@@ -131,10 +131,7 @@ impl SharedIndex {
     pub(crate) fn join(&self, id: u32, max: u32) -> Option<(Sharer, Frame)> {
         let mut inner = self.lock();
         let frame = inner.records.page(id)?.get();
-        match inner.records.join(id, max) {
-            Some(sharer) => Some((sharer, frame)),
-            None => None,
-        }
+        Some((inner.records.join(id, max)?, frame))
     }
 
     /// The frame of a record that the caller's slot is a sharer of.
@@ -306,7 +303,7 @@ impl SharedIndex {
     pub(crate) fn figures(&self) -> IndexFigures {
         let inner = self.lock();
         IndexFigures {
-            pages_shared: inner.records.table().len() as u64,
+            pages_shared: inner.records.table().len(),
             pages_sharing: inner.records.table().pages_sharing(),
             bytes: inner
                 .catalog

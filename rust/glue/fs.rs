@@ -165,7 +165,10 @@ unsafe fn new_file(dir: Inode, mode: u16, name: &[u8]) -> Result<Inode> {
 
 /// # Safety
 ///
-/// Called by the kernel, as are all `extern` functions below.
+/// Called by the kernel.
+/// # Safety
+///
+/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_create(
     _idmap: *mut bindings::mnt_idmap,
@@ -186,6 +189,9 @@ unsafe extern "C" fn thinram_rs_create(
     }
 }
 
+/// # Safety
+///
+/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_mkdir(
     _idmap: *mut bindings::mnt_idmap,
@@ -212,6 +218,9 @@ unsafe extern "C" fn thinram_rs_mkdir(
     }
 }
 
+/// # Safety
+///
+/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_tmpfile(
     _idmap: *mut bindings::mnt_idmap,
@@ -250,6 +259,9 @@ unsafe fn may_move(file: Inode, to_dir: Inode) -> Result {
     }
 }
 
+/// # Safety
+///
+/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_link(
     old: *mut bindings::dentry,
@@ -269,6 +281,9 @@ unsafe extern "C" fn thinram_rs_link(
     }
 }
 
+/// # Safety
+///
+/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_rename(
     idmap: *mut bindings::mnt_idmap,
@@ -350,6 +365,9 @@ unsafe fn rename_vm<'a>(
     })
 }
 
+/// # Safety
+///
+/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_setattr(
     idmap: *mut bindings::mnt_idmap,
@@ -373,6 +391,9 @@ unsafe extern "C" fn thinram_rs_setattr(
     0
 }
 
+/// # Safety
+///
+/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_getattr(
     idmap: *mut bindings::mnt_idmap,
@@ -394,6 +415,9 @@ unsafe extern "C" fn thinram_rs_getattr(
     0
 }
 
+/// # Safety
+///
+/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_evict_inode(inode: Inode) {
     // SAFETY: The inode is going: nobody else uses it or what hangs on it.

@@ -326,7 +326,10 @@ fn change(vm: &Vm, f: impl FnOnce(&Host, &Arc<Vm>) -> Result) -> Result {
 
 /// # Safety
 ///
-/// Called by sysfs, as are the two below.
+/// Called by sysfs.
+/// # Safety
+///
+/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_sysfs_show(
     kobj: *mut bindings::kobject,
@@ -337,6 +340,9 @@ unsafe extern "C" fn thinram_rs_sysfs_show(
     super::length(unsafe { kobj::show(kobj, attr, buf.cast()) })
 }
 
+/// # Safety
+///
+/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_sysfs_store(
     kobj: *mut bindings::kobject,
@@ -348,6 +354,9 @@ unsafe extern "C" fn thinram_rs_sysfs_store(
     super::length(unsafe { kobj::store(kobj, attr, buf.cast(), count) }.map(|()| count))
 }
 
+/// # Safety
+///
+/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_sysfs_release(kobj: *mut bindings::kobject) {
     // SAFETY: As above.

@@ -34,7 +34,7 @@ impl Attribute {
     pub(crate) const fn new(name: &'static CStr, writable: bool) -> Attribute {
         // SAFETY: All-zero is valid for this plain structure.
         let mut attr: bindings::attribute = unsafe { core::mem::zeroed() };
-        attr.name = name.as_ptr().cast();
+        attr.name = name.to_bytes_with_nul().as_ptr().cast();
         attr.mode = if writable { 0o644 } else { 0o444 };
         Attribute(Opaque::new(attr))
     }
