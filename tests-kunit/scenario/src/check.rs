@@ -39,6 +39,18 @@ impl Display for Corrupt {
 
 impl std::error::Error for Corrupt {}
 
+/// A process was killed by SIGBUS where nothing was truncated.
+#[derive(Debug)]
+pub struct BusError;
+
+impl Display for BusError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a process was killed by SIGBUS within its file")
+    }
+}
+
+impl std::error::Error for BusError {}
+
 /// `seen` equals `expected`.
 pub fn eq<T: PartialEq + Debug>(what: impl Display, seen: T, expected: T) -> Result<()> {
     if seen != expected {

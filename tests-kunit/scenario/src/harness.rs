@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
@@ -17,7 +17,7 @@ use nix::sys::signal::{killpg, Signal};
 use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 
-use crate::check::{Corrupt, Skip};
+use crate::check::{BusError, Corrupt, Skip};
 use crate::ctx::{Ctx, Fs, Setup};
 use crate::sys;
 use crate::sysfs::Sys;
@@ -102,6 +102,7 @@ impl Case {
 const EXIT_FAIL: i32 = 1;
 const EXIT_SKIP: i32 = 77;
 const EXIT_CORRUPT: i32 = 78;
+const EXIT_BUS_ERROR: i32 = 79;
 
 /// How a case ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -112,6 +113,8 @@ pub enum Verdict {
     Skip(String),
     /// It saw data that nobody wrote.
     Corrupt,
+    /// A process of it was killed by SIGBUS.
+    BusError,
     /// Otherwise.
     Fail,
 }
@@ -126,20 +129,19 @@ pub fn run_child(case: &Case, setup: Setup, dir: &Path) -> i32 {
     let result = ctx.start_clean().and_then(|()| (case.run)(&ctx));
     let code = match &result {
         Ok(()) => 0,
-        Err(e) => match (e.downcast_ref::<Skip>(), e.downcast_ref::<Corrupt>()) {
-            (Some(skip), _) => {
+        Err(e) => {
+            if let Some(skip) = e.downcast_ref::<Skip>() {
                 println!("{SKIP_MARK}{skip}");
                 EXIT_SKIP
-            }
-            (_, Some(_)) => {
+            } else {
                 println!("{e:#}");
-                EXIT_CORRUPT
+                match e {
+                    e if e.is::<Corrupt>() => EXIT_CORRUPT,
+                    e if e.is::<BusError>() => EXIT_BUS_ERROR,
+                    _ => EXIT_FAIL,
+                }
             }
-            _ => {
-                println!("{e:#}");
-                EXIT_FAIL
-            }
-        },
+        }
     };
     if ctx.leaked_mount() {
         println!("a mount of the case is still busy");
@@ -173,7 +175,7 @@ pub fn run_case(case: &Case, setup: &Setup) -> Result<Verdict> {
         for problem in problems {
             comment(&problem);
         }
-        if !matches!(verdict, Verdict::Corrupt) {
+        if !matches!(verdict, Verdict::Corrupt | Verdict::BusError) {
             verdict = Verdict::Fail;
         }
     }
@@ -302,10 +304,14 @@ fn verdict_of(status: ExitStatus) -> Verdict {
         Some(0) => Verdict::Pass,
         Some(EXIT_SKIP) => Verdict::Skip(String::new()),
         Some(EXIT_CORRUPT) => Verdict::Corrupt,
+        Some(EXIT_BUS_ERROR) => Verdict::BusError,
         Some(EXIT_FAIL) => Verdict::Fail,
         _ => {
             comment(&format!("expected an exit code, seen {status}"));
-            Verdict::Fail
+            match status.signal() {
+                Some(libc::SIGBUS) => Verdict::BusError,
+                _ => Verdict::Fail,
+            }
         }
     }
 }
@@ -418,7 +424,7 @@ impl Report {
                 *self.reasons.entry(why.clone()).or_default() += 1;
                 println!("ok {number} {name} # SKIP {why}");
             }
-            Verdict::Corrupt | Verdict::Fail => {
+            Verdict::Corrupt | Verdict::BusError | Verdict::Fail => {
                 self.totals.failed += 1;
                 println!("# {name}: {:.1} s", took.as_secs_f64());
                 println!("not ok {number} {name}");

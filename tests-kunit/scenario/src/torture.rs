@@ -18,18 +18,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context, Result};
+use nix::sys::signal::Signal;
 use nix::sys::uio::{process_vm_readv, process_vm_writev, RemoteIoVec};
 use nix::unistd::Pid;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
-use crate::check::{eq, within, Corrupt};
+use crate::check::{eq, within, BusError, Corrupt};
 use crate::content::mix;
 use crate::ctx::Ctx;
 use crate::harness::Case;
 use crate::mapping::Disk;
-use crate::sys::{self, Map, PAGE, R, RW, WORDS};
+use crate::sys::{self, End, Map, PAGE, R, RW, WORDS};
 
 /// The table of cases.
 pub const CASES: &[Case] = &[
@@ -421,7 +422,7 @@ impl Hand<'_> {
     }
 
     /// Writes the next version of a lane that is this thread's own.
-    fn write(&mut self, spot: Spot, by: By) -> Result<()> {
+    fn write(&mut self, plan: &Plan, spot: Spot, by: By) -> Result<()> {
         let entry = self.table.lane(spot);
         let version = entry.done().load(Ordering::Relaxed) + 1;
         let (epoch, step) = (version / EPOCH, version % EPOCH);
@@ -503,6 +504,11 @@ impl Hand<'_> {
         self.table
             .head(Head::Writes)
             .fetch_add(1, Ordering::Relaxed);
+        // Nobody else writes this lane: what was just written must be there, whoever looks.
+        if by != By::Map || self.rng.random_bool(0.25) {
+            let mapped = !plan.truncate || spot.page < HEAD;
+            self.check(spot, if mapped { By::Map } else { By::Syscall })?;
+        }
         Ok(())
     }
 
@@ -629,12 +635,12 @@ impl Hand<'_> {
                 let (file, page) = self.pick();
                 let spot = Spot { file, page, lane };
                 let by = self.way(plan, page);
-                self.write(spot, by)?;
+                self.write(plan, spot, by)?;
                 let odd = self.table.lane(spot).done().load(Ordering::Relaxed) % 2 == 1;
                 // Back to what other pages hold as well, or the page could never merge.
                 if odd && self.rng.random_bool(0.85) {
                     let by = self.way(plan, page);
-                    self.write(spot, by)?;
+                    self.write(plan, spot, by)?;
                 }
             }
             self.rest();
@@ -967,8 +973,16 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
         table.head(Head::Stop).store(1, Ordering::SeqCst);
         Ok(())
     });
-    let helper = child.expect_ok(ctx.limit(20.0));
-    if result.is_ok() && table.head(Head::Corrupt).load(Ordering::SeqCst) != 0 {
+    let helper = match child.wait(ctx.limit(20.0)) {
+        Ok(End::Signal(Signal::SIGBUS)) => Err(anyhow!(BusError)),
+        Ok(End::Exit(0)) => Ok(()),
+        Ok(other) => Err(anyhow!(
+            "the second process: expected exit 0, seen {other:?}"
+        )),
+        Err(e) => Err(e),
+    };
+    let own = matches!(&result, Err(e) if e.is::<Corrupt>());
+    if !own && table.head(Head::Corrupt).load(Ordering::SeqCst) != 0 {
         result = Err(anyhow!(Corrupt("seen by the second process".into())));
     }
     result?;
@@ -1019,7 +1033,7 @@ fn fill(
             for lane in 0..LANES {
                 let spot = Spot { file, page, lane };
                 table.lane(spot).done().store(EPOCH - 1, Ordering::SeqCst);
-                hand.write(spot, By::Syscall)?;
+                hand.write(plan, spot, By::Syscall)?;
             }
         }
     }
