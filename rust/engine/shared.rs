@@ -7,7 +7,7 @@
 use super::{region::Registry, vm::Scope};
 use crate::{
     logic::{
-        catalog::{Catalog, Entry, GroupPage, HintOutcome, StableOutcome},
+        catalog::{Catalog, Entry, GroupPage, HintOutcome, StableOutcome, GROW_PERCENT},
         slot::{Class, State},
     },
     sys::{
@@ -230,7 +230,8 @@ impl SharedIndex {
         loop {
             let inner = self.lock();
             let wants_records = inner.records.table().free() < ROOM;
-            let too_small = inner.catalog.capacity() < contents.saturating_mul(8) / 7;
+            let too_small = inner.catalog.capacity().saturating_mul(GROW_PERCENT)
+                < contents.saturating_mul(100);
             let wants_groups =
                 inner.catalog.wants_page() && (too_small || inner.catalog.capacity() == 0);
             let wants_growth = inner.catalog.wants_growth() && too_small;
