@@ -21,11 +21,12 @@ use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
-/// 256 MiB, in one VM.
-const PAGES: usize = 65536;
+/// 128 MiB, in one VM: on UML each page may be a mapping of the machine's, which allows a process
+/// some 65000 of them.
+const PAGES: usize = 32768;
 /// Copies of each content that is not unique.
 const COPIES: usize = 4;
-/// More passes than either needs; reaching it is a failure.
+/// More passes than either needs: not to have merged 95 % by then is a failure.
 const PASSES: u32 = 20;
 const ROUNDS: usize = 3;
 
@@ -59,6 +60,9 @@ struct Figures {
     /// Faults that writing to a page costs after it was scanned; shown, not reported.
     #[serde(skip)]
     faults_per_write: f64,
+    /// Whether 95 % were merged at all in `PASSES` passes.
+    #[serde(skip)]
+    reached: bool,
 }
 
 /// Memory that is scanned: an anonymous mapping for KSM, a file's for ThinRAM.
@@ -186,6 +190,8 @@ trait Scanner {
         let start = Instant::now();
         self.set("run", "1")?;
         while self.number("full_scans")? == scans {
+            // Runs at a real-time priority: it sees the end at once, and takes nothing meanwhile.
+            std::thread::sleep(Duration::from_micros(200));
             ensure!(
                 start.elapsed() < Duration::from_secs(120),
                 "no full scan in 120 s"
@@ -320,7 +326,7 @@ fn measure(scanner: &dyn Scanner, memory: &mut Memory) -> Result<Figures> {
     memory.write(0, |_| true);
     let sharing = scanner.number("pages_sharing")?;
     let goal = memory.mergeable() * 95 / 100;
-    let (mut passes, mut total, mut first) = (0, Duration::ZERO, 0.0);
+    let (mut passes, mut total, mut first, mut reached) = (0, Duration::ZERO, 0.0, true);
     loop {
         let time = scanner.pass()?;
         total += time;
@@ -332,10 +338,10 @@ fn measure(scanner: &dyn Scanner, memory: &mut Memory) -> Result<Figures> {
         if merged >= goal {
             break;
         }
-        ensure!(
-            passes < PASSES,
-            "{merged} pages of {goal} are merged after {passes} passes"
-        );
+        if passes == PASSES {
+            reached = false;
+            break;
+        }
     }
     let (to_95, ms_to_95) = (passes, round(total.as_secs_f64() * 1e3));
     let mut steady = Vec::new();
@@ -361,6 +367,7 @@ fn measure(scanner: &dyn Scanner, memory: &mut Memory) -> Result<Figures> {
         cold_us_per_page: median(cold),
         metadata_bytes_per_page: round((scanner.metadata()? - base) as f64 / PAGES as f64),
         faults_per_write,
+        reached,
     })
 }
 
@@ -387,7 +394,7 @@ fn one(dup_percent: u32, smart: bool) -> Result<Run> {
     ksm.set("run", "2")?;
     ksm.set("smart_scan", if smart { "1" } else { "0" })?;
     ksm.set("sleep_millisecs", "0")?;
-    ksm.set("pages_to_scan", "200")?;
+    ksm.set("pages_to_scan", "1000")?;
     ksm.set("run", "0")?;
     let mut memory = Memory::anonymous(dup_percent)?;
     let ksm_figures = measure(&ksm, &mut memory).context("KSM")?;
@@ -488,6 +495,11 @@ fn table(run: &Run) -> String {
         };
         out += &format!("{name:<28}{ksm:>12.3}{thinram:>12.3}{ratio:>10}\n");
     }
+    for (name, figures) in [("KSM", k), ("ThinRAM", t)] {
+        if !figures.reached {
+            out += &format!("{name} did not merge 95 % in {PASSES} passes\n");
+        }
+    }
     out
 }
 
@@ -504,6 +516,7 @@ mod tests {
             cold_us_per_page: 4.0,
             metadata_bytes_per_page: 70.0,
             faults_per_write: 0.2,
+            reached: true,
         }
     }
 

@@ -59,7 +59,9 @@ pub fn run() -> Result<bool> {
     let kernel = read("/proc/sys/kernel/osrelease")?;
     inside::load(Fs::Thinram)?;
     let mount = Mount::new(Fs::Thinram, MOUNT, Some("lab"))?;
-    tell(&format!("host: Linux {kernel}, thinram.ko is loaded, mounted with domain=lab"));
+    tell(&format!(
+        "host: Linux {kernel}, thinram.ko is loaded, mounted with domain=lab"
+    ));
     set("run", "0")?;
     inside::small_pages()?;
     set("scan_period_secs", "10")?;

@@ -236,7 +236,7 @@ fn bench_host(kernel: &env::Kernel) -> Result<ExitCode> {
     let job = vm::Job {
         name: "bench".into(),
         place: vm::Place::Uml,
-        script: "exec /src/target/sysroot/release/xtask inside bench\n".into(),
+        script: "exec chrt -f 10 /src/target/sysroot/release/xtask inside bench\n".into(),
         timeout: Duration::from_secs(20 * 60),
         memory_mib: 1500,
         append: "kunit.enable=0 slab_nomerge".into(),
