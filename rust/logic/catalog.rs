@@ -15,6 +15,14 @@
 //!
 //! Hints are lossy: a full group drops one for a new one. A stable entry never makes way for another.
 //!
+//! # Who is dropped
+//!
+//! Two pages with one content find each other if the hint of the first is there when the second comes
+//! by, up to a pass later. In a table that is much too small, a hint that any later one can push out
+//! never lives that long. So hints are ranked by their tags (two of one content rank alike), and the
+//! lowest is dropped or not let in: the highest live through the whole pass. The ranks change every
+//! other pass, so that each content has its turn.
+//!
 //! # Growth
 //!
 //! The table grows without a stall by linear hashing (Litwin 1980), and because a plain one has
@@ -54,6 +62,10 @@ pub const GROW_PERCENT: u64 = 82;
 pub const GROW_STABLE_PERCENT: u64 = 70;
 /// No stable entry is taken above this, for then growth would not find places for all of them.
 pub const STABLE_MAX_PERCENT: u64 = 85;
+
+/// Hints of a full group that make no way for stable entries: without any, its contents would never
+/// find their equals.
+const HINTS_KEPT: usize = 2;
 
 const COLUMNS_MIN: u32 = 8;
 const COLUMNS_MAX: u32 = 16;
@@ -99,7 +111,7 @@ pub enum HintOutcome {
     Replaced(Entry),
     /// It has the place of this page's hint, which is gone.
     Evicted(u32),
-    /// There is no page yet, or stable entries fill the group.
+    /// There is no page yet, or the group is full and it is not this hint's turn.
     Refused,
 }
 
@@ -317,10 +329,18 @@ impl<const N: usize, const W: usize, const H: usize> Shelf<N, W, H> {
         (self.used, self.stables) = (used, stables);
     }
 
-    /// Gives an entry the place of some hint.
-    fn swap_hint(&mut self, item: Item, random: u32) -> Option<Item> {
-        let nth = (u64::from(random) * self.hints() as u64) >> 32;
-        let out = self.take(self.stables() + nth as usize)?;
+    /// Gives an entry the place of the hint whose turn is farthest, unless that is its own.
+    fn swap_hint(&mut self, item: Item, turn: u16) -> Option<Item> {
+        if item.stable && H == 0 && self.hints() <= HINTS_KEPT {
+            return None;
+        }
+        let hints = self.stables()..self.used();
+        let hints = hints.filter_map(|at| Some((self.get(at)?.tag ^ turn, at)));
+        let (rank, at) = hints.min_by_key(|&(rank, _)| rank)?;
+        if !item.stable && item.tag ^ turn <= rank {
+            return None;
+        }
+        let out = self.take(at)?;
         self.push(item);
         Some(out)
     }
@@ -400,35 +420,32 @@ impl GroupPage {
         }
     }
 
-    /// Gives an entry of group `number` a place: a free one, or that of a hint.
+    /// Gives an entry of group `number` a place: a free one, or that of a hint. The group keeps its
+    /// highest ranks, and lower ones spill.
     #[inline]
-    fn settle(&mut self, number: u32, item: Item, random: u32) -> Settled {
+    fn settle(&mut self, number: u32, item: Item, turn: u16) -> Settled {
         let Some(group) = self.group_mut(number) else {
             return Settled::NoRoom;
         };
         if group.push(item) {
             return Settled::Placed;
         }
+        let displaced = group.swap_hint(item, turn);
+        let home = place_in_page(number) as u8;
         let spilled = Item {
-            home: place_in_page(number) as u8,
-            ..item
+            home,
+            ..displaced.unwrap_or(item)
         };
         if self.spill.push(spilled) {
             self.add_spilled(number, 1);
             return Settled::Placed;
         }
-        let Some(group) = self.group_mut(number) else {
-            return Settled::NoRoom;
-        };
-        if let Some(out) = group.swap_hint(item, random) {
-            return Settled::Evicted(out.id);
-        }
-        if let Some(out) = self.spill.swap_hint(spilled, random) {
+        if let Some(out) = self.spill.swap_hint(spilled, turn) {
             self.add_spilled(out.home.into(), -1);
             self.add_spilled(number, 1);
             return Settled::Evicted(out.id);
         }
-        Settled::NoRoom
+        displaced.map_or(Settled::NoRoom, |out| Settled::Evicted(out.id))
     }
 
     /// Takes entries back from the spill as far as the group has room.
@@ -564,6 +581,10 @@ pub struct Catalog<S: PageStore> {
     phase: Phase,
     entries: u64,
     stables: u64,
+    /// Ranks the hints: the lowest `tag ^ turn` is evicted first.
+    turn: u16,
+    /// Whether the turn is over with the next pass.
+    turn_ends: bool,
     stash: Bounded<Stashed, STASH_ENTRIES>,
     /// What a step moves, and afterwards what it found no place for.
     moved: Bounded<Item, MOVED_MAX>,
@@ -580,6 +601,8 @@ impl<S: PageStore> Catalog<S> {
             phase: Phase::Folding { pair: 0 },
             entries: 0,
             stables: 0,
+            turn: 0,
+            turn_ends: false,
             stash: Bounded::new(),
             moved: Bounded::new(),
         };
@@ -661,6 +684,15 @@ impl<S: PageStore> Catalog<S> {
         }
     }
 
+    /// Whether a hint that was found under `hash` can be up to date when its owner has these low 16
+    /// bits of a hash now. If not, the owner changed, and the hint may be removed; if so, it may well
+    /// be the hint of another hash with the same tag, which its owner relies on.
+    #[inline]
+    pub fn can_be_under(&self, hash: u64, owner_bits: u16) -> bool {
+        let row = (1u32 << self.level.min(TAG_SHIFT)) - 1;
+        (hash as u32 ^ u32::from(owner_bits)) & row == 0
+    }
+
     /// Takes note that a page has this content.
     pub fn insert_hint(&mut self, hash: u64, page: u32) -> HintOutcome {
         if !self.start() {
@@ -680,7 +712,7 @@ impl<S: PageStore> Catalog<S> {
         if known {
             return HintOutcome::Replaced(entry);
         }
-        match pages.settle(number, item, (hash >> 32) as u32) {
+        match pages.settle(number, item, self.turn) {
             Settled::Placed => {
                 self.entries = self.entries.saturating_add(1);
                 HintOutcome::Placed
@@ -716,7 +748,7 @@ impl<S: PageStore> Catalog<S> {
         let Some(page) = page else {
             return StableOutcome::Refused;
         };
-        let outcome = match page.settle(number, item, (hash >> 32) as u32) {
+        let outcome = match page.settle(number, item, self.turn) {
             Settled::Placed => {
                 self.entries = self.entries.saturating_add(1);
                 StableOutcome::Placed
@@ -772,7 +804,7 @@ impl<S: PageStore> Catalog<S> {
     }
 
     /// Turns the hint of a page into the stable entry of a record, in its place. False if the hint is
-    /// not there, or [`SAME_TAG_MAX`] stable entries have the tag.
+    /// not there, [`SAME_TAG_MAX`] stable entries have the tag, or the group needs its last hints.
     pub fn promote(&mut self, hash: u64, hint: u32, record: u32) -> bool {
         let tag = tag_of(hash);
         let number = self.home(hash);
@@ -790,6 +822,9 @@ impl<S: PageStore> Catalog<S> {
         };
         let hint = Entry::Hint(hint);
         if let Some(at) = group.find(tag, hint, 0) {
+            if group.is_full() && group.hints() <= HINTS_KEPT {
+                return false;
+            }
             group.make_stable(at, record);
         } else if let Some(at) = page.spill.find(tag, hint, place_in_page(number) as u8) {
             page.spill.make_stable(at, record);
@@ -971,6 +1006,7 @@ impl<S: PageStore> Catalog<S> {
             store,
             stash,
             moved,
+            turn,
             ..
         } = self;
         let count = core::mem::take(&mut moved.len);
@@ -984,10 +1020,9 @@ impl<S: PageStore> Catalog<S> {
                     .filter(|item| usize::from(item.home) == side);
                 let Some(&item) = next else { break };
                 at += 1;
-                let random = u32::from(item.tag).wrapping_mul(0x9e37_79b9) ^ item.id;
                 let settled = page
                     .as_deref_mut()
-                    .map(|page| page.settle(number, item, random));
+                    .map(|page| page.settle(number, item, *turn));
                 let lost = match settled {
                     Some(Settled::Placed) => continue,
                     Some(Settled::Evicted(id)) => Item {
@@ -1040,6 +1075,16 @@ impl<S: PageStore> Catalog<S> {
             if placed {
                 self.stash.swap_take(at);
             }
+        }
+    }
+
+    /// To be called after each full pass of the scan: see "who is dropped" above.
+    pub fn end_pass(&mut self) {
+        let turn_ends = self.turn_ends;
+        self.turn_ends = !turn_ends;
+        if turn_ends {
+            // A linear congruential generator that comes by each of the 2^16 turns.
+            self.turn = self.turn.wrapping_mul(25_173).wrapping_add(13_849);
         }
     }
 

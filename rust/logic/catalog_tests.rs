@@ -291,7 +291,7 @@ fn copies_of_one_content_are_bounded() {
 }
 
 #[test]
-fn a_full_group_drops_a_hint_but_no_stable_entry() {
+fn a_full_group_drops_hints_but_no_stable_entry() {
     let mut model = Model::new();
     model.grow(true);
     // Column 0, all tags different.
@@ -304,15 +304,19 @@ fn a_full_group_drops_a_hint_but_no_stable_entry() {
         model.insert_hint(hashes[room]),
         HintOutcome::Evicted(_)
     ));
-    for &hash in &hashes[..room] {
+    for &hash in &hashes[..room - HINTS_KEPT] {
         assert!(matches!(
             model.insert_stable(hash),
             StableOutcome::Evicted(_)
         ));
     }
     assert_eq!(model.insert_stable(hashes[room]), StableOutcome::Refused);
-    assert_eq!(model.insert_hint(hashes[room]), HintOutcome::Refused);
-    assert_eq!((model.hints.len(), model.stables.len()), (0, room));
+    assert_eq!(
+        (model.hints.len(), model.stables.len()),
+        (HINTS_KEPT, room - HINTS_KEPT)
+    );
+    let kept = *model.hints.keys().next().unwrap();
+    assert!(!model.promote(kept));
     model.check();
     // Of another group's, room in the spill is all that counts.
     assert_eq!(model.insert_hint(0xffff_0000), HintOutcome::Placed);
@@ -320,24 +324,42 @@ fn a_full_group_drops_a_hint_but_no_stable_entry() {
 }
 
 #[test]
-fn victims_are_not_always_the_same() {
-    let mut victims = HashSet::new();
-    for i in 0..200u64 {
-        let mut model = Model::new();
-        model.grow(true);
-        for tag in 0..(GROUP_ENTRIES + SPILL_ENTRIES) as u64 {
-            model.insert_hint(tag << TAG_SHIFT);
+fn the_highest_ranks_live_through_a_pass() {
+    let room = GROUP_ENTRIES + SPILL_ENTRIES;
+    let mut catalog = Catalog::new(Pages::default());
+    catalog.store_mut().0.push(Box::default());
+    let mut met = HashSet::new();
+    for pass in 0..400 {
+        let turn = catalog.turn;
+        let mut alive: HashSet<u32> = HashSet::new();
+        for tag in (0..1000u32).map(|i| i * 7 % 1000) {
+            let page = pass * 1000 + tag;
+            match catalog.insert_hint(u64::from(tag) << TAG_SHIFT, page) {
+                HintOutcome::Placed => assert!(alive.insert(tag)),
+                HintOutcome::Evicted(old) => {
+                    alive.remove(&(old % 1000));
+                    assert!(alive.insert(tag));
+                }
+                HintOutcome::Refused => {}
+                HintOutcome::Replaced(entry) => panic!("{entry:?} twice"),
+            }
         }
-        match model.insert_hint((mix(i) << 32) | (99 << TAG_SHIFT)) {
-            HintOutcome::Evicted(page) => victims.insert(page),
-            outcome => panic!("{outcome:?} in a full group"),
-        };
+        let mut ranks: Vec<u32> = (0..1000).map(|tag| tag ^ u32::from(turn)).collect();
+        ranks.sort_unstable_by(|a, b| b.cmp(a));
+        assert_eq!(alive.len(), room);
+        for rank in &ranks[..room] {
+            assert!(alive.contains(&(rank ^ u32::from(turn))));
+        }
+        met.extend(alive);
+        catalog.clear_hints();
+        catalog.end_pass();
+        assert_eq!(
+            catalog.turn == turn,
+            pass % 2 == 0,
+            "a turn lasts two passes"
+        );
     }
-    assert!(
-        victims.len() > GROUP_ENTRIES * 3 / 4,
-        "{} different victims",
-        victims.len()
-    );
+    assert_eq!(met.len(), 1000, "some content never had its turn");
 }
 
 #[test]
