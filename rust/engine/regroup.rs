@@ -70,13 +70,16 @@ enum Group {
     Several,
 }
 
-/// Carries out `change`. EINTR when killed, ENOMEM without memory: then nothing was changed, save
-/// that `Unshare` may have broken a part of the shares.
+/// Carries out `change`. ENOMEM without memory for all of it: then nothing was changed. EINTR when
+/// killed, EIO when a shared frame turns out to be broken memory: then the setting is what it was,
+/// but a part of the shares may be broken; the scanner makes them anew.
 pub(crate) fn apply(host: &Host, change: &Change<'_>) -> Result {
     let mut policy = host.policy();
     let now = policy.share_scope;
     let vms = host.vms().freeze();
     let groups = groups(host, change, now)?;
+    // Room for all, so that nothing can fail once the change is made.
+    let mut changed = KVec::with_capacity(vms.iter().count(), GFP_KERNEL)?;
     let breaks = |guard: &RegionGuard<'_>, record: u32| {
         let new = change.scope_of(guard.region().vm(), now);
         let stays = match groups.get(record as usize) {
@@ -91,12 +94,11 @@ pub(crate) fn apply(host: &Host, change: &Change<'_>) -> Result {
         return Ok(());
     }
     commit(&mut policy, change);
-    let mut changed = KVec::new();
     for vm in vms.iter() {
         let scope = change.scope_of(vm, policy.share_scope);
         if scope != vm.scope() {
             vm.set_scope(scope);
-            changed.push(vm.id(), GFP_KERNEL)?;
+            let _ = changed.push_within_capacity(vm.id());
         }
     }
     rename_records(host, &groups);

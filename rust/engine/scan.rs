@@ -161,6 +161,7 @@ impl Walk {
         self.index = 0;
         self.window = 0;
         if self.found {
+            host.index().end_pass();
             host.events.full_scans.fetch_add(1, Ordering::Relaxed);
         }
     }

@@ -224,6 +224,11 @@ impl SharedIndex {
         self.lock().catalog.remove(hash, Entry::Hint(page_id));
     }
 
+    /// The scanner has been over everything once.
+    pub(crate) fn end_pass(&self) {
+        self.lock().catalog.end_pass();
+    }
+
     /// Makes room: called by the scanner between pages, with no region locked. The catalog grows
     /// while it has fewer places than there are contents it may have to hold (`contents`).
     pub(crate) fn maintain(&self, registry: &Registry, contents: u64) -> Result {

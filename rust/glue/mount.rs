@@ -163,7 +163,7 @@ unsafe fn parse(
                         c"size= takes bytes, or a number with k, m, g or t; 0 = no limit",
                     )
                 })?;
-                options.size_pages = Some(bytes / PAGE);
+                options.size_pages = Some(bytes.div_ceil(PAGE));
             }
             OPT_MODE => match u16::try_from(bindings::thinram_result_u32(value)) {
                 Ok(mode) if mode <= 0o777 => options.mode = Some(mode),
