@@ -111,6 +111,10 @@ fn work(task: Task) -> Result<ExitCode> {
         });
     }
     let kernel = setup::packages()?;
+    let _lock = match task {
+        Task::Test | Task::Demo | Task::Bench => Some(step::lock_checkout()?),
+        _ => None,
+    };
     match task {
         Task::Inside(_) => {}
         Task::Setup => {

@@ -27,9 +27,18 @@ pub fn took(d: Duration) -> String {
 
 /// Holds the lock `name` of the cache until dropped. Waits, and says so.
 pub fn lock(name: &str) -> Result<File> {
-    let path = cache("locks").join(name);
-    write(&path, "")?;
-    let file = File::open(&path)?;
+    let plain = name.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+    lock_file(&cache("locks").join(plain), name)
+}
+
+/// Holds the lock of this checkout's runs, which share folders below `target/`.
+pub fn lock_checkout() -> Result<File> {
+    lock_file(&crate::env::target("run.lock"), "in this checkout")
+}
+
+fn lock_file(path: &Path, name: &str) -> Result<File> {
+    write(path, "")?;
+    let file = File::open(path)?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         say(format!("waiting for another run ({name})"));
         flock(&file, FlockOperation::LockExclusive)?;
