@@ -4,12 +4,16 @@
 
 mod check;
 mod content;
+mod controls;
 mod ctx;
-mod fs;
+mod data;
 mod fuzz;
 mod harness;
 mod mapping;
+mod mounts;
+mod names;
 mod prove;
+mod selftest;
 mod sharing;
 mod sys;
 mod sysfs;
@@ -58,6 +62,11 @@ enum Command {
         /// Print the table of protections
         #[arg(long)]
         list: bool,
+    },
+    /// Check the harness itself with cases that fail in every way there is
+    Selftest {
+        #[command(flatten)]
+        options: Options,
     },
     /// Run one case in this process
     #[command(hide = true)]
@@ -135,9 +144,12 @@ impl Options {
 /// All cases in the order in which they run.
 fn cases() -> impl Iterator<Item = &'static Case> {
     [
-        fs::CASES,
+        names::CASES,
+        data::CASES,
+        mounts::CASES,
         mapping::CASES,
         sharing::CASES,
+        controls::CASES,
         fuzz::CASES,
         torture::CASES,
     ]
@@ -147,6 +159,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
 
 fn case(name: &str) -> Result<&'static Case> {
     cases()
+        .chain(selftest::CASES)
         .find(|case| case.name == name)
         .with_context(|| format!("no case is named {name:?}; `list` prints the names"))
 }
@@ -202,6 +215,7 @@ impl Command {
                     prove::run(&options.setup()?, &protection)?;
                 }
             }
+            Command::Selftest { options } => selftest::run(&options.setup()?)?,
             Command::Child { name, dir, options } => {
                 let code = harness::run_child(case(&name)?, options.setup()?, &dir);
                 return Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)));
