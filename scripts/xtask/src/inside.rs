@@ -242,6 +242,11 @@ const CASES: &[Case] = &[
         module: true,
         run: no_domain,
     },
+    Case {
+        name: "libvirt_runs_a_guest_unprivileged",
+        module: true,
+        run: |_| crate::libvirt::guest(),
+    },
 ];
 
 /// Runs the cases whose name contains `filter`; KTAP on stdout. True if none failed.
@@ -509,7 +514,7 @@ fn private(ctx: &Ctx) -> Result<()> {
 }
 
 /// Flat out, and with a pass that ends soon.
-fn fast() -> Result<()> {
+pub fn fast() -> Result<()> {
     small_pages()?;
     set("scan_cpu_max_percent", "60")?;
     set("scan_period_secs", "5")?;

@@ -9,6 +9,7 @@ mod env;
 mod guest;
 mod inside;
 mod ktap;
+mod libvirt;
 mod lint;
 mod report;
 mod setup;
