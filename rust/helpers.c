@@ -137,13 +137,30 @@ int thinram_owner_pid(void)
 }
 
 /* Mappings. */
+static vm_fault_t thinram_map_pages(struct vm_fault *vmf, pgoff_t start, pgoff_t end)
+{
+	/* Maps nothing around the fault; without it, faults would lose the per-VMA lock. */
+	return 0;
+}
+
 static const struct vm_operations_struct thinram_vm_ops = {
 	.open		= thinram_rs_open,
 	.close		= thinram_rs_close,
 	.mapped		= thinram_rs_mapped,
 	.fault		= thinram_rs_fault,
+	.map_pages	= thinram_map_pages,
 	.page_mkwrite	= thinram_rs_page_mkwrite,
 };
+
+struct file *thinram_vmf_file(struct vm_fault *vmf)
+{
+	return get_file(vmf->vma->vm_file);
+}
+
+void thinram_file_put(struct file *file)
+{
+	fput(file);
+}
 
 void thinram_release_fault_lock(struct vm_fault *vmf)
 {

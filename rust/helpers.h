@@ -44,6 +44,8 @@ bool thinram_fatal_signal_pending(void);
 void thinram_cond_resched(void);
 u64 thinram_thread_cpu_ns(void);
 bool thinram_ratelimit(void);
+struct file *thinram_vmf_file(struct vm_fault *vmf);
+void thinram_file_put(struct file *file);
 void thinram_release_fault_lock(struct vm_fault *vmf);
 bool thinram_vma_shared(const struct vm_area_desc *desc);
 void thinram_vma_prepare(struct vm_area_desc *desc);

@@ -189,7 +189,9 @@ impl Backing {
         let end = self.end.lock().saturating_mul(SLOTS as u64).min(to);
         let mut page = page;
         while page < end && self.region(page).is_none() {
-            page = page.saturating_add(SLOTS as u64);
+            page = (page / SLOTS as u64)
+                .saturating_add(1)
+                .saturating_mul(SLOTS as u64);
         }
         if page < end {
             page

@@ -25,6 +25,7 @@ use crate::{
     },
 };
 use core::sync::atomic::Ordering;
+use kernel::error::code::ENOSPC;
 
 /// A frame allocated before the lock was taken.
 struct Spare {
@@ -89,8 +90,11 @@ fn answer(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
     if page >= backing.pages() {
         return Answer::BusError;
     }
-    let Ok(region) = backing.region_or_new(page) else {
-        return wait(backing, fault, make_writable);
+    let region = match backing.region_or_new(page) {
+        Ok(region) => region,
+        // More touched guest memory than the host's tables can name.
+        Err(error) if error == ENOSPC => return Answer::BusError,
+        Err(_) => return wait(backing, fault, make_writable),
     };
     let index = Backing::index(page);
     let mut spare = None;

@@ -187,6 +187,11 @@ pub(crate) fn unite(host: &Host, guard: &mut RegionGuard<'_>, index: usize, rule
     else {
         return;
     };
+    if old.as_ref().is_poisoned() || frame.as_ref().is_poisoned() {
+        count(&host.refusals.poisoned);
+        drop(host.index().leave(sharer));
+        return;
+    }
     let far = !rules.across_nodes && frame.as_ref().node() != old.as_ref().node();
     // Shared frames are immutable: there is nothing to freeze.
     if far || !old.as_ref().same_content(frame.as_ref()) {
@@ -291,7 +296,7 @@ fn copy_if_equal(host: &Host, page: PageRef<'_>, other: PageRef<'_>, fresh: &mut
         count(&host.refusals.pinned);
         return Outcome::NotNow;
     };
-    if page.is_poisoned() || fresh.copy_from(frozen.page()).is_err() {
+    if page.is_poisoned() || other.page().is_poisoned() || fresh.copy_from(frozen.page()).is_err() {
         count(&host.refusals.poisoned);
         return Outcome::NotNow;
     }

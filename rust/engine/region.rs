@@ -14,8 +14,8 @@ use crate::{
     },
     sys::{
         mapping::Mapping,
-        page::PageRef,
-        slots::{Content, SlotKey, SlotWords, SLOTS},
+        page::{Frame, PageRef},
+        slots::{Content, Sharer, SlotKey, SlotWords, SLOTS},
     },
 };
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -196,6 +196,20 @@ impl RegionGuard<'_> {
         counts.move_page(counted_as(old), counted_as(new));
         counts.reclassify(known_class(old), known_class(new));
         owned
+    }
+
+    /// Gives a Shared slot the frame that `claim` gets for its sharer; no mapping may show the page.
+    pub(crate) fn claim(
+        &mut self,
+        index: usize,
+        claim: impl FnOnce(Sharer) -> core::result::Result<Frame, Sharer>,
+    ) {
+        if self.region.words.claim(&mut self.inner.key, index, claim) {
+            self.set_protected(index, false);
+            let mut counts = self.region.vm.counts();
+            counts.move_page(counts::Class::Shared, counts::Class::Private);
+            counts.reclassify(None, Some(Class::Unchecked));
+        }
     }
 
     /// Takes the page out of every page table.

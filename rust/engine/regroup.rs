@@ -208,6 +208,8 @@ fn break_shares(
 fn rename_records(host: &Host, groups: &[Group]) {
     host.index()
         .rename_records(|id, frame, old| match groups.get(id as usize) {
+            // Its memory is broken: it is not read again, and not found again.
+            _ if frame.as_ref().is_poisoned() => None,
             Some(Group::One(scope)) if scope.0 != old.scope => {
                 let hash = hash::of_page(frame.as_ref(), host.seed(*scope));
                 Some(Key {

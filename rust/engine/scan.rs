@@ -27,7 +27,7 @@ use crate::{
         clock,
         hash::{self, Seed},
         page::{Frame, Purpose},
-        slots::{Content, SLOTS},
+        slots::SLOTS,
         task::{self, Work},
     },
 };
@@ -45,8 +45,11 @@ impl Work for Scanner {
         let mut pacer = Pacer::new(clock::now_us());
         while !task::should_stop() {
             let limits = host.limits();
-            if host.run_mode() != RunMode::Run || limits.total_pages == 0 {
-                host.scanner_bell.sleep(u64::MAX, task::should_stop);
+            let running = host.run_mode() == RunMode::Run;
+            if !running || limits.total_pages == 0 {
+                // Memory that is touched for the first time rings no bell.
+                let idle_us = if running { 1_000_000 } else { u64::MAX };
+                host.scanner_bell.sleep(idle_us, task::should_stop);
                 pacer = Pacer::new(clock::now_us());
                 continue;
             }
@@ -56,9 +59,10 @@ impl Work for Scanner {
             host.events
                 .scan_cpu_us
                 .store(clock::thread_cpu_us(), Ordering::Relaxed);
-            let sleep_us = pacer.after(&host.limits(), clock::now_us(), done, cpu_us);
-            if sleep_us > 0 {
+            let mut sleep_us = pacer.after(&host.limits(), clock::now_us(), done, cpu_us);
+            while sleep_us > 0 && !task::should_stop() && host.run_mode() == RunMode::Run {
                 host.scanner_bell.sleep(sleep_us, task::should_stop);
+                sleep_us = pacer.after(&host.limits(), clock::now_us(), 0, 0);
             }
             task::cond_resched();
         }
@@ -107,6 +111,10 @@ impl Walk {
         /// Pages between two looks at whether the index needs room.
         const STRIDE: u64 = 64;
         let policy = host.policy();
+        // `run` may have changed while this waited for the policy: its writer counts on no merge.
+        if host.run_mode() != RunMode::Run {
+            return 0;
+        }
         let contents = host.contents();
         let mut done = 0;
         while done < pages {
@@ -263,7 +271,7 @@ impl Walk {
         let index = self.index;
         if slot.state() == State::Shared {
             if host.index().sharers(slot.record()) == 1 {
-                reclaim_last(host, guard, index, slot);
+                reclaim_last(host, guard, index, &mut self.spare);
             } else {
                 merge::unite(host, guard, index, visit.rules);
             }
@@ -281,8 +289,6 @@ impl Walk {
         let hash = hash::of_page(page, visit.seed);
         let changed = slot.class() != Class::Unchecked && slot.tag() != hash as u16;
         if changed {
-            host.index()
-                .unhint(u64::from(slot.tag()), guard.region().page_id(index));
             let backoff = slot.backoff();
             guard.note(
                 index,
@@ -348,19 +354,29 @@ fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
     }
 }
 
-/// A shared frame with one sharer left becomes that slot's own again. It stays mapped read-only; the
-/// next write finds it Private.
-fn reclaim_last(host: &Host, guard: &mut RegionGuard<'_>, index: usize, slot: Slot) {
-    // The slot must let go of its sharer to hand it over, and nothing may see it in between: the
-    // region is locked.
-    let Content::Shared(sharer) = guard.set(index, Content::Empty, 0) else {
+/// A shared frame with one sharer left becomes that slot's own again, if nobody else holds it: a
+/// pipe or a pin that was taken through another sharer must never see what is written from here on.
+/// Otherwise the slot gets a copy.
+fn reclaim_last(host: &Host, guard: &mut RegionGuard<'_>, index: usize, spare: &mut Option<Frame>) {
+    if spare.is_none() {
         return;
-    };
-    let content = match host.index().take_last(sharer) {
-        Ok(frame) => Content::Private(frame),
-        Err(sharer) => Content::Shared(sharer),
-    };
-    host.release(guard.set(index, content, slot.backoff()));
+    }
+    guard.zap(index);
+    guard.claim(index, |sharer| {
+        // Frozen only once the record is gone: nobody finds the frame through it any more.
+        let frame = host.index().take_last(sharer)?;
+        if frame.as_ref().freeze().is_some() {
+            return Ok(frame);
+        }
+        let Some(mut copy) = spare.take() else {
+            return Ok(frame);
+        };
+        // Memory that cannot be read is nobody's secret: the slot keeps it, and faults say so.
+        Ok(match copy.copy_from(frame.as_ref()) {
+            Ok(()) => copy,
+            Err(_) => frame,
+        })
+    });
 }
 
 /// Lets those who wait for the region have it.

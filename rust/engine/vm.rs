@@ -359,7 +359,9 @@ impl Vms {
         }
         drop(list);
         // Waits for readers of its files in sysfs, which take no lock of ours that is held here.
-        drop(vm.directory.lock().take());
+        // The guard ends first: a rename waits for it with the list locked.
+        let directory = vm.directory.lock().take();
+        drop(directory);
         let mut list = self.list.lock();
         list.vms.retain(|other| !Arc::ptr_eq(other, vm));
         list.forget_domains();

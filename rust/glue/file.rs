@@ -70,15 +70,16 @@ impl<'a> Open<'a> {
         let (old, new) = (self.backing.pages(), node::pages_of(size)?);
         // SAFETY: The inode's superblock is ours and filled.
         let mount = unsafe { node::of_sb((*self.inode).i_sb) };
-        mount.resize(old, new)?;
         let size_now = u64::try_from(size).map_err(|_| EINVAL)?;
+        // The tail first: it may need memory, and nothing has changed yet.
+        if size_now < old_size && size_now % PAGE != 0 {
+            data::zero_bytes(self.backing, size_now / PAGE, size_now % PAGE, PAGE)?;
+        }
+        mount.resize(old, new)?;
         if size_now < old_size {
             // SAFETY: The inode lock is held.
             unsafe { bindings::thinram_i_size_write(self.inode, size) };
             self.backing.resize(new);
-            if size_now % PAGE != 0 {
-                data::zero_bytes(self.backing, size_now / PAGE, size_now % PAGE, PAGE)?;
-            }
         } else {
             self.backing.resize(new);
             // SAFETY: The inode lock is held.
@@ -182,12 +183,25 @@ unsafe fn write(iocb: &mut bindings::kiocb, from: *mut bindings::iov_iter) -> Re
     }
     // SAFETY: The file is open; the inode lock is held.
     kernel::error::to_result(unsafe { bindings::file_update_time(iocb.ki_filp) })?;
-    let mut pos = u64::try_from(iocb.ki_pos).map_err(|_| EINVAL)?;
-    let end = pos.checked_add(allowed as u64).ok_or(EFBIG)?;
-    if end > file.size() {
+    let start = u64::try_from(iocb.ki_pos).map_err(|_| EINVAL)?;
+    let end = start.checked_add(allowed as u64).ok_or(EFBIG)?;
+    let size_before = file.size();
+    if end > size_before {
         file.resize(i64::try_from(end).map_err(|_| EFBIG)?)?;
     }
-    let mut done = 0usize;
+    let written = copy_in(&file, start, end, from);
+    let reached = start.saturating_add(written.unwrap_or(0) as u64);
+    if end > size_before && reached < end {
+        // What was not written does not count: the file is as long as if it had not been asked for.
+        file.resize(i64::try_from(reached.max(size_before))?)?;
+    }
+    iocb.ki_pos = i64::try_from(reached).map_err(|_| EOVERFLOW)?;
+    written
+}
+
+/// Writes bytes `start..end` of a file that is long enough; returns how many it was.
+fn copy_in(file: &Open<'_>, start: u64, end: u64, from: *mut bindings::iov_iter) -> Result<usize> {
+    let (mut pos, mut done) = (start, 0usize);
     while pos < end {
         let offset = pos % PAGE;
         let part = (end - pos).min(PAGE - offset) as usize;
@@ -206,7 +220,6 @@ unsafe fn write(iocb: &mut bindings::kiocb, from: *mut bindings::iov_iter) -> Re
         }
         crate::sys::task::cond_resched();
     }
-    iocb.ki_pos = i64::try_from(pos).map_err(|_| EOVERFLOW)?;
     Ok(done)
 }
 

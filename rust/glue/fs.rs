@@ -335,28 +335,28 @@ unsafe fn rename_vm<'a>(
     };
     let host = mount.host.clone();
     let in_root = parent.dir()?.is_root;
-    let vm = match &*node {
-        Node::Dir(dir) => {
-            check_vm_name(new_name)?;
-            dir.vm.lock().clone()
-        }
+    match &*node {
         Node::File(_) if old_dir != new_dir => return Err(EXDEV),
-        Node::File(_) if !in_root => None,
-        Node::File(backing) => {
-            check_vm_name(new_name)?;
-            Some(backing.vm().clone())
-        }
-    };
+        Node::File(_) if !in_root => {}
+        _ => check_vm_name(new_name)?,
+    }
     let rename = move |name: &[u8]| -> Result {
-        let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
-        owned.extend_from_slice(name, GFP_KERNEL)?;
-        if let Some(vm) = &vm {
-            host.vms().rename(vm, name)?;
+        match &*node {
+            Node::Dir(dir) => {
+                let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
+                owned.extend_from_slice(name, GFP_KERNEL)?;
+                // Held throughout, so that a first file made meanwhile meets the old name or the new.
+                let mut dir_name = dir.name.lock();
+                let vm = dir.vm.lock().clone();
+                if let Some(vm) = vm {
+                    host.vms().rename(&vm, name)?;
+                }
+                *dir_name = owned;
+                Ok(())
+            }
+            Node::File(backing) if in_root => host.vms().rename(backing.vm(), name),
+            Node::File(_) => Ok(()),
         }
-        if let Node::Dir(dir) = &*node {
-            *dir.name.lock() = owned;
-        }
-        Ok(())
     };
     rename(new_name)?;
     Ok(move || {

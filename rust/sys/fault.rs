@@ -79,12 +79,6 @@ impl Fault {
         self.flags() & bindings::fault_flag_FAULT_FLAG_WRITE != 0
     }
 
-    /// Whether the handler may drop the fault lock to wait.
-    fn may_drop_lock(&self) -> bool {
-        self.flags() & bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY != 0
-            && self.flags() & bindings::fault_flag_FAULT_FLAG_RETRY_NOWAIT == 0
-    }
-
     /// Allocates a frame by the policy of the mapping that faulted.
     pub(crate) fn alloc(&self, purpose: Purpose) -> Option<Frame> {
         // SAFETY: The mapping is valid while the fault lock is held.
@@ -124,14 +118,23 @@ impl Fault {
     /// Waits a moment for memory, with the fault lock dropped where that is allowed.
     pub(crate) fn wait_for_memory(self) -> Answer {
         const WAIT_US: u64 = 10_000;
-        if self.may_drop_lock() {
-            // SAFETY: The lock is held by the type's invariant; `self` ends here.
-            unsafe { bindings::thinram_release_fault_lock(self.0.as_ptr()) };
+        let retry = bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY;
+        let no_wait = bindings::fault_flag_FAULT_FLAG_RETRY_NOWAIT;
+        if self.flags() & retry == 0 {
             super::task::sleep_killable(WAIT_US);
-            Answer::Retry
-        } else {
-            super::task::sleep_killable(WAIT_US);
-            Answer::Done
+            return Answer::Done;
         }
+        if self.flags() & no_wait == 0 {
+            // SAFETY: The lock is held by the type's invariant; `self` ends here. The file keeps
+            // the mount, and so this module, until the task has left it: the last fput is done on
+            // the way back to user space.
+            unsafe {
+                let file = bindings::thinram_vmf_file(self.0.as_ptr());
+                bindings::thinram_release_fault_lock(self.0.as_ptr());
+                super::task::sleep_killable(WAIT_US);
+                bindings::thinram_file_put(file);
+            }
+        }
+        Answer::Retry
     }
 }

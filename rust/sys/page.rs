@@ -207,11 +207,12 @@ impl<'a> PageRef<'a> {
 
     /// Whether nobody but page tables and one owner holds the page: no pin that could still write.
     pub(crate) fn is_unpinned(self) -> bool {
-        // SAFETY: The page is alive. The order of the reads does not matter: every mapping is
-        // read-only by now, so a count can only be found too high.
+        // SAFETY: The page is alive. References are read first: mappings only go while the region is
+        // locked, so if the counts agree there was no pin.
         unsafe {
+            let references = bindings::thinram_page_refcount(self.0.as_ptr());
             let mapped = bindings::thinram_page_mapcount(self.0.as_ptr());
-            bindings::thinram_page_refcount(self.0.as_ptr()) == mapped.saturating_add(1)
+            references == mapped.saturating_add(1)
         }
     }
 
