@@ -165,6 +165,13 @@ const fn tag_of(hash: u64) -> u16 {
     (hash >> TAG_SHIFT) as u16
 }
 
+/// How high a hint stands while others want its place. Multiplied, for what lies low in its column
+/// would else be dropped first, and the load of the columns get uneven as they grow.
+#[inline]
+const fn rank(tag: u16, turn: u16) -> u16 {
+    (tag ^ turn).wrapping_mul(0x9e37)
+}
+
 /// `N` places, of which the first hold stable entries and the next hints. `W` words hold the tags,
 /// two each; `H` is `N` where entries of several groups meet, else 0.
 #[derive(Clone, Debug)]
@@ -335,9 +342,9 @@ impl<const N: usize, const W: usize, const H: usize> Shelf<N, W, H> {
             return None;
         }
         let hints = self.stables()..self.used();
-        let hints = hints.filter_map(|at| Some((self.get(at)?.tag ^ turn, at)));
-        let (rank, at) = hints.min_by_key(|&(rank, _)| rank)?;
-        if !item.stable && item.tag ^ turn <= rank {
+        let hints = hints.filter_map(|at| Some((rank(self.get(at)?.tag, turn), at)));
+        let (lowest, at) = hints.min_by_key(|&(rank, _)| rank)?;
+        if !item.stable && rank(item.tag, turn) <= lowest {
             return None;
         }
         let out = self.take(at)?;
@@ -581,7 +588,7 @@ pub struct Catalog<S: PageStore> {
     phase: Phase,
     entries: u64,
     stables: u64,
-    /// Ranks the hints: the lowest `tag ^ turn` is evicted first.
+    /// Ranks the hints.
     turn: u16,
     /// Whether the turn is over with the next pass.
     turn_ends: bool,
