@@ -341,12 +341,23 @@ impl<const N: usize, const W: usize, const H: usize> Shelf<N, W, H> {
         if item.stable && H == 0 && self.hints() <= HINTS_KEPT {
             return None;
         }
+        // Rank and place in one number, so that the least is found without branches.
         let hints = self.stables()..self.used();
-        let hints = hints.filter_map(|at| Some((rank(self.get(at)?.tag, turn), at)));
-        let (lowest, at) = hints.min_by_key(|&(rank, _)| rank)?;
-        if !item.stable && rank(item.tag, turn) <= lowest {
+        let key = |tag: u32, at: usize| {
+            let key = (u32::from(rank(tag as u16, turn)) << 8) | at as u32;
+            if hints.contains(&at) {
+                key
+            } else {
+                u32::MAX
+            }
+        };
+        let pairs = self.tags.iter().enumerate();
+        let keys = pairs.map(|(i, &pair)| key(pair, 2 * i).min(key(pair >> 16, 2 * i + 1)));
+        let lowest = keys.min().filter(|&key| key < u32::MAX)?;
+        if !item.stable && u32::from(rank(item.tag, turn)) <= lowest >> 8 {
             return None;
         }
+        let at = (lowest & 0xff) as usize;
         let out = self.take(at)?;
         self.push(item);
         Some(out)
