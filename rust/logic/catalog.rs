@@ -712,6 +712,7 @@ impl<S: PageStore> Catalog<S> {
     }
 
     /// Takes note that a page has this content.
+    #[inline]
     pub fn insert_hint(&mut self, hash: u64, page: u32) -> HintOutcome {
         if !self.start() {
             return HintOutcome::Refused;
