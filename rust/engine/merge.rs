@@ -222,8 +222,8 @@ fn pair(
             && slot.tag() == key.hash as u16
     };
     let vm = other_region.vm();
+    // The hint stays: it may be of another content whose hash has the same tag.
     if !is_hinted(other_region.peek(other)) || vm.scope() != key.scope {
-        host.index().unhint(key.hash, other_id);
         return Outcome::Unique;
     }
     let same_region = core::ptr::eq(&*other_region, guard.region());

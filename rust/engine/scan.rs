@@ -81,6 +81,10 @@ struct Walk {
     spare: Option<Frame>,
     /// End of the pages that were considered for protection.
     window: usize,
+    /// The scope of the last visit, with its seed and the hash of a zero page.
+    known: Option<(Scope, Seed, u64)>,
+    /// Whether the index may need room: set by each hash.
+    dirty: bool,
     /// Whether any region was found in this pass.
     found: bool,
 }
@@ -102,6 +106,8 @@ impl Walk {
             index: 0,
             window: 0,
             spare: None,
+            known: None,
+            dirty: true,
             found: false,
         }
     }
@@ -118,7 +124,8 @@ impl Walk {
         let contents = host.contents();
         let mut done = 0;
         while done < pages {
-            if host.index().maintain(host.registry(), contents).is_err() {
+            let room = core::mem::take(&mut self.dirty);
+            if room && host.index().maintain(host.registry(), contents).is_err() {
                 host.refusals.no_memory.fetch_add(1, Ordering::Relaxed);
             }
             if self.region >= host.registry().end() {
@@ -144,11 +151,11 @@ impl Walk {
                 continue;
             }
             let scope = vm.scope();
-            let seed = host.seed(scope);
+            let (seed, zero_hash) = self.hashes_of(host, scope);
             let visit = Visit {
                 scope,
                 seed,
-                zero_hash: hash::of_page(host.zero_frame(0), seed),
+                zero_hash,
                 zero_only: policy.zero_only,
                 rules: host.rules(),
                 pass: host.events.full_scans.load(Ordering::Relaxed),
@@ -156,6 +163,19 @@ impl Walk {
             done = done.saturating_add(self.visit(host, &region, &visit, left) as u64);
         }
         done
+    }
+
+    /// Seed of a scope, and the hash of a zero page under it.
+    fn hashes_of(&mut self, host: &Host, scope: Scope) -> (Seed, u64) {
+        match self.known {
+            Some((known, seed, zero_hash)) if known == scope => (seed, zero_hash),
+            _ => {
+                let seed = host.seed(scope);
+                let zero_hash = hash::of_page(host.zero_frame(0), seed);
+                self.known = Some((scope, seed, zero_hash));
+                (seed, zero_hash)
+            }
+        }
     }
 
     fn next_region(&mut self) {
@@ -280,6 +300,7 @@ impl Walk {
         let Some(page) = guard.page(index) else {
             return;
         };
+        self.dirty = true;
         if page.is_poisoned() {
             host.refusals.poisoned.fetch_add(1, Ordering::Relaxed);
             return;
