@@ -784,7 +784,7 @@ fn churn(ctx: &Ctx) -> Result<()> {
         for round in 0..150u64 {
             let vm = format!("vm{who}-{}", round % 7);
             let file = mount.file(&vm, &format!("f{round}"), 4)?;
-            let seed = who << 32 | round;
+            let seed = (who << 32) | round;
             file.write_all_at(&page_bytes(seed), PAGE as u64)?;
             let map = Map::shared(&file, 0, 4 * PAGE, RW)?;
             page_is("own page", &map.read_page(1), &content::page(seed))?;

@@ -103,7 +103,7 @@ pub const CASES: &[Case] = &[
 pub const SOON: f64 = 30.0;
 
 /// Two guests of `pages` pages in one domain, page `i` of both made from seed `i`.
-pub fn twins<'a>(ctx: &'a Ctx, pages: usize) -> Result<(Mount<'a>, Guest, Guest)> {
+pub fn twins(ctx: &Ctx, pages: usize) -> Result<(Mount<'_>, Guest, Guest)> {
     let mount = ctx.mount("m", "size=256M,domain=lab")?;
     let (a, b) = (mount.guest("a", pages)?, mount.guest("b", pages)?);
     a.fill(0, pages, 1);
@@ -112,7 +112,7 @@ pub fn twins<'a>(ctx: &'a Ctx, pages: usize) -> Result<(Mount<'a>, Guest, Guest)
 }
 
 /// [`twins`], merged, and the scanner stopped again.
-pub fn merged_twins<'a>(ctx: &'a Ctx, pages: usize) -> Result<(Mount<'a>, Guest, Guest)> {
+pub fn merged_twins(ctx: &Ctx, pages: usize) -> Result<(Mount<'_>, Guest, Guest)> {
     let (mount, a, b) = twins(ctx, pages)?;
     let sys = ctx.sys();
     sys.flat_out()?;

@@ -467,8 +467,8 @@ pub fn io_uring_register_buffer(map: &Map) -> nix::Result<()> {
     // `struct io_uring_params` is 120 bytes; zero asks for the defaults.
     let mut params = [0u64; 15];
     // SAFETY: the kernel fills the structure, whose size is as above.
-    let fd =
-        Errno::result(unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, params.as_mut_ptr()) })?;
+    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, params.as_mut_ptr()) };
+    let fd = Errno::result(fd)?;
     // SAFETY: the kernel just returned this descriptor, nobody else has it.
     let ring = unsafe { OwnedFd::from_raw_fd(fd as c_int) };
     let iov = libc::iovec {
@@ -602,8 +602,8 @@ impl LoopDisk {
         // Another process may take the same free number between the two calls.
         for _ in 0..16 {
             // SAFETY: the request takes no argument.
-            let number =
-                unsafe { loop_get_free(control.as_raw_fd()) }.context("LOOP_CTL_GET_FREE")?;
+            let number = unsafe { loop_get_free(control.as_raw_fd()) };
+            let number = number.context("LOOP_CTL_GET_FREE")?;
             let path = format!("/dev/loop{number}");
             let device = File::options()
                 .read(true)

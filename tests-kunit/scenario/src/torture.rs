@@ -210,13 +210,13 @@ struct Spot {
 impl Spot {
     /// A word that says whose it is: no other file, page, lane or version has it.
     fn stamp(self, version: u64) -> u64 {
-        let place = (self.file << 16 | self.page << 4 | self.lane) as u64;
-        0xa << 60 | place << 40 | version & ((1 << 40) - 1)
+        let place = ((self.file << 16) | (self.page << 4) | self.lane) as u64;
+        (0xa << 60) | (place << 40) | (version & ((1 << 40) - 1))
     }
 
     /// Whether the versions of this epoch stamp word `index`.
     fn stamped(self, epoch: u64, index: usize) -> bool {
-        index % STAMP_STRIDE == (mix(epoch ^ (self.lane as u64) << 50) as usize) % STAMP_STRIDE
+        index % STAMP_STRIDE == (mix(epoch ^ ((self.lane as u64) << 50)) as usize) % STAMP_STRIDE
     }
 
     /// Word `index` of the lane in `version`.
@@ -227,13 +227,15 @@ impl Spot {
         }
         // One epoch in eight, but not the first, is like nothing else; all others are what the
         // class of the page is.
-        let place = (self.file << 24 | self.page << 8 | self.lane) as u64;
-        if epoch > 1 && mix(epoch << 32 ^ place) % 8 == 0 {
+        let place = ((self.file << 24) | (self.page << 8) | self.lane) as u64;
+        if epoch > 1 && mix((epoch << 32) ^ place) % 8 == 0 {
             return self.stamp(epoch * EPOCH);
         }
         match self.page as u64 % CLASSES {
             0 => 0,
-            class => 0xc << 60 | mix(class << 32 | (self.lane * LANE_WORDS + index) as u64) >> 4,
+            class => {
+                (0xc << 60) | (mix((class << 32) | (self.lane * LANE_WORDS + index) as u64) >> 4)
+            }
         }
     }
 
@@ -262,8 +264,8 @@ impl Spot {
 fn describe(word: u64) -> String {
     match word >> 60 {
         0xa => {
-            let place = word >> 40 & 0xf_ffff;
-            let (file, page, lane) = (place >> 16, place >> 4 & 0xfff, place & 0xf);
+            let place = (word >> 40) & 0xf_ffff;
+            let (file, page, lane) = (place >> 16, (place >> 4) & 0xfff, place & 0xf);
             let version = word & ((1 << 40) - 1);
             format!("stamp of file {file} page {page} lane {lane} version {version}")
         }
@@ -850,7 +852,7 @@ impl<'a> Crew<'a> {
             disk: self.disk,
             slot,
             buffer: Map::anonymous(PAGE)?,
-            rng: SmallRng::seed_from_u64(mix(self.ctx.setup.seed ^ slot << 56)),
+            rng: SmallRng::seed_from_u64(mix(self.ctx.setup.seed ^ (slot << 56))),
             start: self.start,
         })
     }
