@@ -275,6 +275,11 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
         "-device",
         "virtio-rng-pci,rng=rng",
     ]);
+    let disk = dir.join("disk.img");
+    c.arg("-drive").arg(format!(
+        "if=virtio,format=raw,cache=unsafe,file={}",
+        disk.display()
+    ));
     let out = dir.join("output.log");
     c.args([
         "-serial",
