@@ -136,7 +136,10 @@ fn frames(guest: &Guest) -> Result<BTreeSet<u64>> {
             return Ok(frames);
         }
     }
-    bail!("{}: touched {TRIES} times, and some page is still not mapped", guest.name)
+    bail!(
+        "{}: touched {TRIES} times, and some page is still not mapped",
+        guest.name
+    )
 }
 
 /// No frame is mapped by both.
