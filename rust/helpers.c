@@ -124,6 +124,11 @@ u64 thinram_thread_cpu_ns(void)
 	return current->se.sum_exec_runtime;
 }
 
+unsigned long thinram_total_pages(void)
+{
+	return totalram_pages();
+}
+
 bool thinram_ratelimit(void)
 {
 	static DEFINE_RATELIMIT_STATE(limit, 5 * HZ, 20);

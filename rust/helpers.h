@@ -43,6 +43,7 @@ void thinram_page_set_note(struct page *page, unsigned long value);
 bool thinram_fatal_signal_pending(void);
 void thinram_cond_resched(void);
 u64 thinram_thread_cpu_ns(void);
+unsigned long thinram_total_pages(void);
 bool thinram_ratelimit(void);
 struct file *thinram_vmf_file(struct vm_fault *vmf);
 void thinram_file_put(struct file *file);

@@ -19,7 +19,7 @@ mod sys;
 #[path = "../tests-kunit/kunit/mod.rs"]
 mod kunit;
 
-use engine::{host::Host, scan::Scanner};
+use engine::{host::Host, reclaim::Reclaimer, scan::Scanner};
 use sys::task::Thread;
 
 module! {
@@ -37,6 +37,7 @@ struct ThinRam {
     _fs: Registration,
     _debug: Pin<KBox<glue::debug::DebugFiles>>,
     _scanner: Thread<Scanner>,
+    _reclaimer: Thread<Reclaimer>,
     _sysfs: SysfsTree,
     _host: HostReference,
 }
@@ -76,6 +77,8 @@ impl kernel::Module for ThinRam {
         let sysfs = SysfsTree;
         let work = Arc::new(Scanner(host.clone()), GFP_KERNEL)?;
         let scanner = Thread::start(c"thinramd", work)?;
+        let work = Arc::new(Reclaimer(host.clone()), GFP_KERNEL)?;
+        let reclaimer = Thread::start(c"thinram_reclaim", work)?;
         let debug = glue::debug::DebugFiles::new(host)?;
         glue::fs::register()?;
         pr_info!("loaded; mount -t thinram -o domain=NAME thinram DIR\n");
@@ -83,6 +86,7 @@ impl kernel::Module for ThinRam {
             _fs: Registration,
             _debug: debug,
             _scanner: scanner,
+            _reclaimer: reclaimer,
             _sysfs: sysfs,
             _host: reference,
         })

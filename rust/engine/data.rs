@@ -138,6 +138,7 @@ pub(crate) fn preallocate(backing: &Backing, from: u64, to: u64) -> Result {
         }
         drop(guard);
         if page % 64 == 0 {
+            backing.host().look_at_memory();
             task::cond_resched();
         }
     }

@@ -6,6 +6,7 @@
 
 use super::{
     merge::{Refusals, Rules},
+    pressure::Pressure,
     region::Registry,
     regroup::{self, Change},
     shared::{IndexFigures, SharedIndex},
@@ -15,6 +16,7 @@ use crate::{
     logic::{
         counts::Class,
         hist::AtomicHist,
+        state::HostState,
         tunables::{RunMode, ShareScope},
     },
     sys::{
@@ -134,6 +136,12 @@ pub(crate) struct Host {
     /// Wakes the scanner.
     #[pin]
     pub(crate) scanner_bell: Bell,
+    /// Wakes the reclaimer.
+    #[pin]
+    pub(crate) reclaimer_bell: Bell,
+    /// How short of memory the host is.
+    #[pin]
+    pub(crate) pressure: Pressure,
     #[pin]
     policy: Mutex<Policy>,
     #[pin]
@@ -184,6 +192,8 @@ impl Host {
                 refusals: Refusals::default(),
                 lock_wait_us: AtomicHist::new(),
                 scanner_bell <- Bell::new(),
+                reclaimer_bell <- Bell::new(),
+                pressure <- Pressure::new(),
                 policy <- new_mutex!(
                     Policy { share_scope: ShareScope::Domain, zero_only: false },
                     "thinram_policy"
@@ -195,6 +205,19 @@ impl Host {
             }),
             GFP_KERNEL,
         )
+    }
+
+    /// How short of memory the host is.
+    #[inline]
+    pub(crate) fn state(&self) -> HostState {
+        self.pressure.state()
+    }
+
+    /// Looks at the memory, and wakes the reclaimer when that changes anything.
+    pub(crate) fn look_at_memory(&self) {
+        if self.pressure.look() {
+            self.reclaimer_bell.ring();
+        }
     }
 
     /// The VMs.

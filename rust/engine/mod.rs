@@ -3,7 +3,7 @@
 //! What ThinRAM does with the pages of its guests. No `unsafe` here.
 //!
 //! ```text
-//! host -> { scan, regroup } -> { merge } -> { shared, region } ; fault, data -> { region, shared }
+//! host -> { scan, reclaim, regroup, pressure } -> { merge } -> { shared, region } ; fault, data -> { region, shared }
 //! ```
 //!
 //! A page's way: `fault` fills a slot of a `region`, `scan` hashes it, `shared` knows whether the
@@ -15,6 +15,8 @@ pub(crate) mod data;
 pub(crate) mod fault;
 pub(crate) mod host;
 pub(crate) mod merge;
+pub(crate) mod pressure;
+pub(crate) mod reclaim;
 pub(crate) mod region;
 pub(crate) mod regroup;
 pub(crate) mod scan;

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! /sys/kernel/debug/thinram: how long faults waited for a region's lock, and in debug builds the
-//! switches that take one protection out at a time. Not part of the ABI.
+//! /sys/kernel/debug/thinram: how long faults waited for a region's lock, a state that is forced on
+//! the host, and in debug builds the switches that take one protection out at a time. Not part of the ABI.
 
-use crate::engine::host::Host;
+use crate::{
+    engine::host::Host,
+    logic::{state::HostState, tunables},
+};
 use kernel::{
     debugfs::{Dir, File},
     fmt,
@@ -14,11 +17,16 @@ use kernel::{
 /// The host, as debugfs shows it.
 struct Waits(Arc<Host>);
 
+/// `force_state`: a state's word, or `none`.
+struct ForcedState(Arc<Host>);
+
 /// The directory's files; dropping them removes them.
 #[pin_data]
 pub(crate) struct DebugFiles {
     #[pin]
     lock_wait: File<Waits>,
+    #[pin]
+    force_state: File<ForcedState>,
     #[cfg(thinram_debug)]
     switches: switches::Switches,
     _dir: Dir,
@@ -31,7 +39,17 @@ impl DebugFiles {
         let files = dir.clone();
         KBox::try_pin_init(
             try_pin_init!(DebugFiles {
-                lock_wait <- files.read_callback_file(c"fault_lock_wait_us", Waits(host), &show_waits),
+                lock_wait <- files.read_callback_file(
+                    c"fault_lock_wait_us",
+                    Waits(host.clone()),
+                    &show_waits,
+                ),
+                force_state <- files.read_write_callback_file(
+                    c"force_state",
+                    ForcedState(host),
+                    &show_forced,
+                    &force,
+                ),
                 #[cfg(thinram_debug)]
                 switches: switches::Switches::new(&dir)?,
                 _dir: dir.clone(),
@@ -57,6 +75,31 @@ fn show_waits(waits: &Waits, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             writeln!(f, "{from} {to} {count}")?;
         }
     }
+    Ok(())
+}
+
+fn show_forced(forced: &ForcedState, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let host = &forced.0;
+    let word = if host.pressure.is_forced() {
+        host.state().as_str()
+    } else {
+        "none"
+    };
+    writeln!(f, "{word}")
+}
+
+fn force(forced: &ForcedState, reader: &mut kernel::uaccess::UserSliceReader) -> Result {
+    let mut bytes = [0u8; 16];
+    let len = reader.len();
+    let word = bytes.get_mut(..len).ok_or(EINVAL)?;
+    reader.read_slice(word)?;
+    let state = match tunables::parse_word(word, &HostState::WORDS) {
+        Ok(index) => HostState::from_index(index),
+        Err(_) if tunables::without_newline(word) == b"none" => None,
+        Err(_) => return Err(EINVAL),
+    };
+    forced.0.pressure.force(state);
+    forced.0.reclaimer_bell.ring();
     Ok(())
 }
 

@@ -10,11 +10,13 @@ use crate::{
     },
     logic::{
         counts::pages_to_kb,
+        state::HostState,
         tunables::{self, BadValue, Knob, RunMode, ShareScope},
     },
     sys::{
         bindings,
         kobj::{self, Attribute, Attributes, Directory, Page, Parent},
+        memory,
     },
 };
 use core::{
@@ -117,6 +119,22 @@ files! {
             h.0.scanner_bell.ring();
             Ok(())
         };
+    "minfree_kb": |h, page| line(page, h.0.pressure.minfree_kb()),
+        |h, bytes| {
+            let value = knob("minfree_kb", bytes)?;
+            if h.0.pressure.set_minfree_kb(value) {
+                h.0.reclaimer_bell.ring();
+            }
+            Ok(())
+        };
+    "state": |h, page| line(page, h.0.state().as_str());
+    "available_kb": |_, page| line(page, memory::available_kb());
+    "minfree_effective_kb": |h, page| line(page, h.0.pressure.effective_minfree_kb());
+    "state_high_ms": |h, page| line(page, spent_ms(h, HostState::High));
+    "state_clear_ms": |h, page| line(page, spent_ms(h, HostState::Clear));
+    "state_soft_ms": |h, page| line(page, spent_ms(h, HostState::Soft));
+    "state_hard_ms": |h, page| line(page, spent_ms(h, HostState::Hard));
+    "state_low_ms": |h, page| line(page, spent_ms(h, HostState::Low));
     "pages_scanned": |h, page| line(page, load(&h.0.events.pages_scanned));
     "pages_skipped": |h, page| line(page, load(&h.0.events.pages_skipped));
     "full_scans": |h, page| line(page, load(&h.0.events.full_scans));
@@ -145,6 +163,11 @@ files! {
     "merges_refused_nodes": |h, page| line(page, load(&h.0.refusals.nodes));
     "merges_refused_no_hint": |h, page| line(page, load(&h.0.refusals.no_hint));
     "merges_refused_poisoned": |h, page| line(page, load(&h.0.refusals.poisoned));
+}
+
+fn spent_ms(host: &HostFiles, state: HostState) -> u64 {
+    let spent = host.0.pressure.spent_ms();
+    spent.get(state.index()).copied().unwrap_or(0)
 }
 
 fn saved_pages(host: &Host) -> u64 {
@@ -291,6 +314,7 @@ pub(crate) unsafe fn make_tree(host: &Arc<Host>) -> Result {
     unsafe { TREE.init() };
     let files = Arc::new(HostFiles(host.clone()), GFP_KERNEL)?;
     let host = Directory::create(Parent::<HostFiles>::Fs, b"thinram", files)?;
+    host.data().0.pressure.tell(host.notice(c"state")?);
     let vms = Directory::create(Parent::In(&host), b"vms", Arc::new(VmsFiles, GFP_KERNEL)?)?;
     *TREE.lock() = Some(Tree { vms, host });
     Ok(())

@@ -14,6 +14,7 @@ pub mod hist;
 pub mod pace;
 pub mod records;
 pub mod slot;
+pub mod state;
 pub mod tunables;
 
 #[cfg(test)]

@@ -164,11 +164,47 @@ impl<T: Attributes> Directory<T> {
         &self.data
     }
 
+    /// A means to tell who polls file `name`.
+    pub(crate) fn notice(&self, name: &CStr) -> Result<FileNotice> {
+        // SAFETY: The kobject was added, so it has a node until the directory is dropped.
+        let node = unsafe {
+            bindings::kernfs_find_and_get_ns(
+                (*self.kobj()).sd,
+                name.as_char_ptr(),
+                core::ptr::null(),
+            )
+        };
+        NonNull::new(node).map(FileNotice).ok_or(ENOENT)
+    }
+
     /// Gives the directory another name.
     pub(crate) fn rename(&self, name: &[u8]) -> Result {
         let name = terminated(name)?;
         // SAFETY: The kobject was added.
         to_result(unsafe { bindings::kobject_rename(self.kobj(), name.as_char_ptr()) })
+    }
+}
+
+/// Tells those who poll(2) a file in sysfs that it changed.
+pub(crate) struct FileNotice(NonNull<bindings::kernfs_node>);
+
+// SAFETY: kernfs has its own locking.
+unsafe impl Send for FileNotice {}
+// SAFETY: As above.
+unsafe impl Sync for FileNotice {}
+
+impl FileNotice {
+    /// The file changed: who waits for it is woken. May be called with any lock held.
+    pub(crate) fn changed(&self) {
+        // SAFETY: We hold a reference to the node, which outlives its removal.
+        unsafe { bindings::kernfs_notify(self.0.as_ptr()) }
+    }
+}
+
+impl Drop for FileNotice {
+    fn drop(&mut self) {
+        // SAFETY: `notice` took the reference.
+        unsafe { bindings::kernfs_put(self.0.as_ptr()) }
     }
 }
 

@@ -10,6 +10,7 @@ pub(crate) mod frames;
 pub(crate) mod hash;
 pub(crate) mod kobj;
 pub(crate) mod mapping;
+pub(crate) mod memory;
 pub(crate) mod page;
 pub(crate) mod protect;
 pub(crate) mod slots;

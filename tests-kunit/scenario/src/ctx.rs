@@ -103,6 +103,10 @@ impl Ctx {
         let left = sys.vms()?;
         ensure!(left.is_empty(), "VMs are left from before: {left:?}");
         sys.set("run", 0)?;
+        let forced = self.setup.debug.join("force_state");
+        if forced.exists() {
+            fs::write(&forced, "none").with_context(|| format!("write {}", forced.display()))?;
+        }
         if sys.has("large_pages") {
             sys.set("large_pages", "never")?;
         }

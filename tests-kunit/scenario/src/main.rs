@@ -4,6 +4,7 @@
 
 mod check;
 mod content;
+mod contention;
 mod controls;
 mod ctx;
 mod data;
@@ -150,6 +151,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         mapping::CASES,
         sharing::CASES,
         controls::CASES,
+        contention::CASES,
         fuzz::CASES,
         torture::CASES,
     ]
