@@ -2,8 +2,9 @@
 
 //! The command line.
 
+use crate::config::VM_KEYS;
 use crate::knobs::{Knob, Scope};
-use crate::units::SIZE_FORMS;
+use crate::units::{self, SIZE_FORMS};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -24,7 +25,8 @@ pub struct Cli {
     pub command: Command,
 }
 
-const EXIT_HELP: &str = "Exit code: 0 done, 1 it failed, 2 the command line or a value is wrong.";
+const EXIT_HELP: &str = "Exit code: 0 done, 1 it failed, 2 the command line or a value is wrong, \
+                         3 admission was refused.";
 
 /// What to do.
 #[derive(Debug, Subcommand)]
@@ -80,6 +82,38 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
     },
+    /// Ask whether a VM may start, and keep its minimum for it until it runs.
+    ///
+    /// It may when the minima and overheads of all VMs fit into the host, when its own minimum is
+    /// free now, and when memory is left for sharing that breaks, as far as the operator wants that
+    /// backed. Without a daemon nothing can be kept for it.
+    Admit {
+        /// Least memory that the VM can run with.
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        min: u64,
+        /// Most memory that it may get; the minimum where not given.
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        max: Option<u64>,
+        /// Its name, as in the mount; the reservation ends when that VM has come.
+        #[arg(long, value_name = "NAME")]
+        vm: Option<String>,
+        /// Let the guests make room, and ask again for so long; at most 600s.
+        #[arg(long, value_name = "TIME", value_parser = waiting)]
+        wait: Option<Duration>,
+        /// How long its minimum is kept for it.
+        #[arg(long, value_name = "TIME", default_value = "120s", value_parser = holding)]
+        hold: Duration,
+        /// Percentage of all sharing breaking at once that need not be backed by memory; the
+        /// configuration's where not given.
+        #[arg(long, value_name = "PERCENT", value_parser = risk)]
+        unshare_risk: Option<u64>,
+        /// Keep nothing for the VM any more.
+        #[arg(long, requires = "vm", conflicts_with_all = ["max", "wait", "unshare_risk"])]
+        cancel: bool,
+        /// The configuration, for use without a daemon.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
     /// Leave a VM to its policy again that was sized by hand or moved by somebody else.
     Release {
         /// Name of the VM in the configuration.
@@ -124,17 +158,98 @@ pub enum VmCommand {
         /// A knob or a figure of a VM.
         name: String,
     },
-    /// Set one knob of a VM, and show what holds then.
-    #[command(after_help = knob_help(Scope::Vm))]
+    /// Set one knob of a VM and show what holds then, or change a setting of the daemon's.
+    ///
+    /// A setting holds until the host ends or `vm remove`, also across a restart of the daemon;
+    /// `default` takes it away. The configuration file is not written.
+    #[command(after_help = knob_help(Scope::Vm) + &setting_help())]
     Set {
-        /// Name of the VM.
+        /// Name of the VM; for settings, the one in the configuration.
         vm: OsString,
-        /// The knob.
+        /// The knob or setting.
         name: String,
         /// Its new value.
         #[arg(allow_negative_numbers = true)]
         value: String,
     },
+    /// Have the daemon size a VM that is not in the configuration file.
+    #[command(after_help = setting_help())]
+    Add {
+        /// Name of the VM, as in the mount.
+        vm: String,
+        /// Its settings; dynamic_min and dynamic_max are needed.
+        #[arg(value_name = "SETTING=VALUE", value_parser = setting, required = true)]
+        settings: Vec<(String, String)>,
+    },
+    /// Have the daemon leave a VM alone, whatever the configuration file says.
+    Remove {
+        /// Name of the VM in the configuration.
+        vm: String,
+    },
+}
+
+/// A size with a unit, in KiB.
+pub fn size(text: &str) -> Result<u64, String> {
+    let kb = units::parse_kb(text).map_err(|error| error.to_string())?;
+    if text.ends_with(|c: char| c.is_ascii_digit()) {
+        return Err(format!("`{text}` has no unit: write {text}M or {text}G"));
+    }
+    match kb {
+        0 => Err(format!("`{text}` is nothing")),
+        kb => Ok(kb),
+    }
+}
+
+/// A time such as `90`, `60s`, `10m` or `1h`, within bounds in seconds.
+fn time(text: &str, least: u64, most: u64) -> Result<Duration, String> {
+    let refused = || format!("`{text}` is no time such as 60s or 2m, from {least}s to {most}s");
+    let (digits, unit) = match text.strip_suffix(['s', 'm', 'h']) {
+        Some(digits) => (digits, &text[digits.len()..]),
+        None => (text, "s"),
+    };
+    let number = units::parse_number(digits).map_err(|_| refused())?;
+    let scale = match unit {
+        "s" => 1,
+        "m" => 60,
+        _ => 3600,
+    };
+    let seconds = number.checked_mul(scale).ok_or_else(refused)?;
+    if (least..=most).contains(&seconds) {
+        Ok(Duration::from_secs(seconds))
+    } else {
+        Err(refused())
+    }
+}
+
+fn waiting(text: &str) -> Result<Duration, String> {
+    time(text, 0, 600)
+}
+
+fn holding(text: &str) -> Result<Duration, String> {
+    time(text, 1, 3600)
+}
+
+fn risk(text: &str) -> Result<u64, String> {
+    match units::parse_percent(text) {
+        Ok(percent) if percent <= 100 => Ok(percent),
+        _ => Err(format!("`{text}` is no percentage from 0 to 100")),
+    }
+}
+
+fn setting(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("`{text}` is not of the form SETTING=VALUE")),
+    }
+}
+
+/// The settings of a VM, for a help text.
+fn setting_help() -> String {
+    let mut help = String::from("\n\nSettings, as in the configuration file:\n");
+    for key in VM_KEYS {
+        help.push_str(&format!("  {:<15}{}\n", key.name, key.help));
+    }
+    help
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -182,11 +297,41 @@ mod tests {
 
     #[test]
     fn help_names_every_knob() {
+        assert!(setting_help().lines().all(|line| line.len() <= 80));
         for scope in [Scope::Host, Scope::Vm] {
             let help = knob_help(scope);
             assert!(Knob::all(scope).all(|knob| help.contains(knob.name)));
             assert!(help.lines().all(|line| line.len() <= 80), "{help}");
         }
+    }
+
+    #[test]
+    fn sizes_times_and_settings_are_checked() {
+        assert_eq!(size("1.5G"), Ok(3 << 19));
+        for text in ["", "1", "0M", "lots", "-1G"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+        let said: Vec<_> = ["60s", "60", "1m", "0"].map(waiting).into();
+        let minute = Ok(Duration::from_secs(60));
+        assert_eq!(said[..3], [minute.clone(), minute.clone(), minute]);
+        assert_eq!(said[3], Ok(Duration::ZERO));
+        for text in [
+            "601s",
+            "11m",
+            "1h",
+            "s",
+            "",
+            "-1s",
+            "1.5m",
+            "99999999999999999999",
+        ] {
+            assert!(waiting(text).is_err(), "{text}");
+        }
+        assert!(holding("0s").is_err() && holding("1h").is_ok());
+        assert_eq!((risk("0%"), risk("100")), (Ok(0), Ok(100)));
+        assert!(risk("101").is_err() && risk("some").is_err());
+        assert_eq!(setting("a=b=c"), Ok(("a".into(), "b=c".into())));
+        assert!(setting("=1").is_err() && setting("amr").is_err());
     }
 
     #[test]

@@ -2,30 +2,31 @@
 
 //! What each command does.
 
+use crate::drive;
 use crate::output;
 use crate::Usage;
 use anyhow::bail;
 use serde::Serialize;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thinramctl::cli::{Cli, Command, VmCommand};
 use thinramctl::config::{self, Config};
-use thinramctl::daemon::api::{self, ApiError, Request};
+use thinramctl::daemon::api::{self, Request};
 use thinramctl::daemon::{self, Options};
-use thinramctl::guests::{render_decisions, render_guests};
+use thinramctl::guests::render_guest;
 use thinramctl::host::{knob_json, Host, HostFigures};
 use thinramctl::knobs::{nearest, Knob, Scope};
+use thinramctl::overview::{Overview, Watch};
 use thinramctl::plan::render as render_plan;
 use thinramctl::policy::{self, Asked};
-use thinramctl::qmp::{Balloon, Client};
 use thinramctl::snapshot::Snapshot;
 use thinramctl::status::{render_vm, Status, VmDetail};
 use thinramctl::sysfs::{Dir, Error};
 use thinramctl::text::escape;
-use thinramctl::units;
 use thinramctl::vm::{Vm, VmFigures, VmName};
 
 /// Figures of the host that are not in its struct of numbers.
@@ -48,28 +49,44 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
             };
             Ok(daemon::run(options)?)
         }
-        Command::Balloon { vm, size, config } => balloon(cli, vm, size, config.as_deref()),
-        Command::Release { vm } => {
-            let request = Request::Release { vm: vm.clone() };
-            done(
-                cli,
-                &request,
-                &format!("{} is left to its policy", escape(vm.as_bytes())),
-            )
-        }
-        Command::Explain { vm } => explain(cli, vm),
-        Command::Guests => guests(cli),
+        Command::Balloon { .. }
+        | Command::Release { .. }
+        | Command::Explain { .. }
+        | Command::Admit { .. }
+        | Command::Guests => drive::run(cli),
         Command::Vm(VmCommand::List) => list(cli),
         Command::Vm(VmCommand::Show { vm }) => show(cli, vm),
         Command::Vm(VmCommand::Get { vm, name }) => get(cli, &Target::vm(cli, vm)?, name),
-        Command::Vm(VmCommand::Set { vm, name, value }) => set(cli, Some(vm), name, value),
+        Command::Vm(VmCommand::Set { vm, name, value }) => {
+            let knob = Knob::find(Scope::Vm, name);
+            match config::vm_key(name) {
+                Some(_) if knob.is_none() => drive::set(cli, vm, name, value),
+                // The weight of a VM is the module's and the daemon's matter.
+                Some(_) => {
+                    drive::set_both(cli, vm, name, value, || set(cli, Some(vm), name, value))
+                }
+                None => set(cli, Some(vm), name, value),
+            }
+        }
+        Command::Vm(VmCommand::Add { vm, settings }) => drive::add(cli, vm, settings),
+        Command::Vm(VmCommand::Remove { vm }) => drive::remove(cli, vm),
     }
 }
 
 fn status(cli: &Cli, watch: Option<Duration>, count: Option<u64>) -> anyhow::Result<()> {
     let mut shown = 0;
+    let start = Instant::now();
+    let mut rates = Watch::default();
     loop {
         let status = Status::read(&Dir::open(&cli.root)?)?;
+        let status = Overview {
+            rates: match watch {
+                Some(_) => rates.note(start.elapsed().as_secs_f64(), &status.vms),
+                None => BTreeMap::new(),
+            },
+            daemon: daemon_report(cli),
+            status,
+        };
         if cli.json {
             output::print_json(&status, watch.is_some())?;
         } else {
@@ -87,6 +104,22 @@ fn status(cli: &Cli, watch: Option<Duration>, count: Option<u64>) -> anyhow::Res
             _ => return Ok(()),
         }
     }
+}
+
+/// The daemon's report, where one runs and answers us.
+pub(crate) fn daemon_report(cli: &Cli) -> Option<Value> {
+    api::ask(&cli.root, &Request::Status).ok()
+}
+
+/// What the daemon says about a VM of the module.
+fn guest_report(cli: &Cli, name: &VmName) -> Option<Value> {
+    let report = daemon_report(cli)?;
+    let guests = report["guests"].as_array()?;
+    let shown = name.shown();
+    let found = guests
+        .iter()
+        .find(|guest| guest["module_name"].as_str() == Some(&shown));
+    found.cloned()
 }
 
 fn list(cli: &Cli) -> anyhow::Result<()> {
@@ -109,17 +142,25 @@ fn show(cli: &Cli, name: &OsStr) -> anyhow::Result<()> {
     let Some(vm) = Vm::read(&vms, &name)? else {
         bail!("VM {} ended while it was read", name.shown());
     };
+    let guest = guest_report(cli, &name);
     if cli.json {
         output::print_json(
             &VmDetail {
                 vm: &vm,
                 sum_check: vm.sum_check(),
+                guest,
             },
             false,
         )
     } else {
         let host = Host::read(&dir)?;
-        output::print(&render_vm(&vm, &host, output::width()))
+        let width = output::width();
+        let mut screen = render_vm(&vm, &host, width);
+        if let Some(guest) = guest {
+            screen.push('\n');
+            screen.push_str(&render_guest(&guest, width));
+        }
+        output::print(&screen)
     }
 }
 
@@ -336,7 +377,7 @@ fn set(cli: &Cli, vm: Option<&OsStr>, name: &str, text: &str) -> anyhow::Result<
     output::print(&(line + "\n"))
 }
 
-fn config_path(cli: &Cli, given: Option<&Path>) -> PathBuf {
+pub(crate) fn config_path(cli: &Cli, given: Option<&Path>) -> PathBuf {
     given.map_or_else(|| cli.root.join(config::PATH), Path::to_owned)
 }
 
@@ -379,74 +420,5 @@ fn plan(cli: &Cli, given: Option<&Path>, snapshot: &Path) -> anyhow::Result<()> 
         output::print_json(&plan, false)
     } else {
         output::print(&render_plan(&plan, &snapshot, output::width()))
-    }
-}
-
-/// How long QEMU may take to answer when it is asked without a daemon.
-const QMP_LIMIT: Duration = Duration::from_secs(5);
-
-/// Asks the daemon for something that has no answer but that it is done.
-fn done(cli: &Cli, request: &Request, said: &str) -> anyhow::Result<()> {
-    let answer = api::ask(&cli.root, request)?;
-    if cli.json {
-        output::print_json(&answer, false)
-    } else {
-        output::print(&format!("{said}\n"))
-    }
-}
-
-fn balloon(cli: &Cli, vm: &str, size: &str, config: Option<&Path>) -> anyhow::Result<()> {
-    let kb = units::parse_kb(size).map_err(|error| Usage(error.to_string()))?;
-    if size.ends_with(|c: char| c.is_ascii_digit()) {
-        return Err(Usage(format!("`{size}` has no unit: write {size}M or {size}G")).into());
-    }
-    let request = Request::Balloon {
-        vm: vm.to_owned(),
-        kb,
-    };
-    let name = escape(vm.as_bytes());
-    match done(
-        cli,
-        &request,
-        &format!("{name} shall have {} and keeps it", units::exact_kb(kb)),
-    ) {
-        Err(error) if matches!(error.downcast_ref(), Some(ApiError::NotRunning(_))) => {}
-        outcome => return outcome,
-    }
-    // Without a daemon QEMU is told directly, and nobody keeps what it is told.
-    let config = Config::load(&config_path(cli, config))?;
-    let Some(vm) = config.vm(vm) else {
-        bail!("no VM named {name} is configured")
-    };
-    api::within_bounds(vm, kb).map_err(ApiError::Refused)?;
-    let Some(socket) = &vm.qmp else {
-        bail!("the daemon does not run, and the configuration names no qmp socket for {name}")
-    };
-    Balloon::open(Client::connect(socket, QMP_LIMIT)?, 2)?.set_kb(kb)?;
-    if cli.json {
-        output::print_json(&serde_json::json!({}), false)
-    } else {
-        output::print(&format!(
-            "{name} was told to have {}\n",
-            units::exact_kb(kb)
-        ))
-    }
-}
-
-fn guests(cli: &Cli) -> anyhow::Result<()> {
-    let report = api::ask(&cli.root, &Request::Status)?;
-    if cli.json {
-        output::print_json(&report, false)
-    } else {
-        output::print(&render_guests(&report, output::width()))
-    }
-}
-
-fn explain(cli: &Cli, vm: &str) -> anyhow::Result<()> {
-    let answer = api::ask(&cli.root, &Request::Explain { vm: vm.to_owned() })?;
-    if cli.json {
-        output::print_json(&answer, false)
-    } else {
-        output::print(&render_decisions(&answer, output::width()))
     }
 }

@@ -9,7 +9,7 @@ use crate::policy::PolicyKind;
 use crate::units;
 use serde::de::{self, Deserializer, Visitor};
 use serde::Deserialize;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::fs;
 use std::io;
@@ -29,6 +29,7 @@ const DEFAULT_CHUNK_KB: u64 = 256 << 10;
 const DEFAULT_SHARES: u64 = 1000;
 const DEFAULT_BUFFER_PERCENT: u64 = 20;
 const DEFAULT_IDLE_TAX_PERCENT: u64 = 75;
+const DEFAULT_UNSHARE_RISK_PERCENT: u64 = 100;
 const DEFAULT_PRIORITY: u64 = 1;
 
 /// Why a configuration is refused.
@@ -78,6 +79,8 @@ pub struct HostConfig {
     pub vm_overhead_kb: u64,
     /// How much dearer idle memory is under `shares`.
     pub idle_tax_percent: u64,
+    /// Loopback port on which the daemon tells its metrics.
+    pub metrics_port: Option<u16>,
 }
 
 /// A table `[[vm]]`: `static_min <= dynamic_min <= dynamic_max <= static_max`.
@@ -87,6 +90,8 @@ pub struct VmConfig {
     pub name: String,
     /// Its QMP socket; without one it is looked for.
     pub qmp: Option<PathBuf>,
+    /// The socket of its guest agent; without one it is looked for.
+    pub agent: Option<PathBuf>,
     /// Least that the VM can run with.
     pub static_min_kb: u64,
     /// Least that a policy may leave it.
@@ -115,6 +120,183 @@ pub struct VmConfig {
     pub cap_kb: Option<u64>,
     /// Whether the guest's own root may ask for a size.
     pub guest_control: bool,
+    /// The settings as they were given, without the name; values as an operator writes them.
+    pub given: BTreeMap<String, String>,
+}
+
+/// What the value of a VM's setting is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyKind {
+    /// A size with a unit.
+    Size,
+    /// A path or a word.
+    Text,
+    /// A percentage.
+    Percent,
+    /// A whole number.
+    Number,
+    /// On or off.
+    Switch,
+}
+
+/// One setting of a VM.
+#[derive(Debug)]
+pub struct Key {
+    /// As it is written in the file.
+    pub name: &'static str,
+    /// What its value is.
+    pub kind: KeyKind,
+    /// One sentence.
+    pub help: &'static str,
+}
+
+const fn key(name: &'static str, kind: KeyKind, help: &'static str) -> Key {
+    Key { name, kind, help }
+}
+
+/// Every setting of a VM but its name.
+pub const VM_KEYS: &[Key] = &[
+    key("qmp", KeyKind::Text, "QMP socket; looked for without it."),
+    key(
+        "agent",
+        KeyKind::Text,
+        "Guest agent's socket; looked for without it.",
+    ),
+    key(
+        "static_min",
+        KeyKind::Size,
+        "Least that the VM can run with; default dynamic_min.",
+    ),
+    key(
+        "dynamic_min",
+        KeyKind::Size,
+        "Least that a policy may leave it.",
+    ),
+    key(
+        "dynamic_max",
+        KeyKind::Size,
+        "Most that a policy may give it.",
+    ),
+    key(
+        "static_max",
+        KeyKind::Size,
+        "What it was started with; default dynamic_max.",
+    ),
+    key(
+        "start_target",
+        KeyKind::Size,
+        "Its size under manual before one is asked for.",
+    ),
+    key(
+        "entitlement",
+        KeyKind::Size,
+        "What it has a right to under entitlement.",
+    ),
+    key(
+        "amr",
+        KeyKind::Switch,
+        "Whether entitlement moves its memory; default off.",
+    ),
+    key(
+        "chunk",
+        KeyKind::Size,
+        "Step of entitlement, a multiple of 64M; default 256M.",
+    ),
+    key(
+        "shares",
+        KeyKind::Number,
+        "Weight under shares; default 1000.",
+    ),
+    key(
+        "buffer_percent",
+        KeyKind::Percent,
+        "Added to the committed memory by pressure; default 20.",
+    ),
+    key(
+        "priority",
+        KeyKind::Number,
+        "Weight under pressure; default 1.",
+    ),
+    key("policy", KeyKind::Text, "Its policy; default the host's."),
+    key(
+        "cap",
+        KeyKind::Size,
+        "No target above it, and the module's limit_kb.",
+    ),
+    key(
+        "guest_control",
+        KeyKind::Switch,
+        "Whether the guest's root may ask for a size; default off.",
+    ),
+];
+
+/// The setting of that name.
+pub fn vm_key(name: &str) -> Option<&'static Key> {
+    VM_KEYS.iter().find(|key| key.name == name)
+}
+
+/// A VM from settings as an operator writes them; an error is a sentence.
+pub fn vm_from_settings(
+    name: &str,
+    settings: &BTreeMap<String, String>,
+) -> Result<VmConfig, String> {
+    let mut text = format!("[[vm]]\nname = {}\n", quoted(name));
+    for (key, value) in settings {
+        let Some(known) = vm_key(key) else {
+            let near = crate::knobs::nearest(key, VM_KEYS.iter().map(|key| key.name));
+            let hint = match near.as_slice() {
+                [] => String::new(),
+                near => format!(": do you mean {}?", near.join(", ")),
+            };
+            return Err(format!(
+                "`{}` is no setting of a VM{hint}",
+                crate::text::escape(key.as_bytes())
+            ));
+        };
+        let shown = || crate::text::escape(value.as_bytes());
+        let literal = match known.kind {
+            KeyKind::Size | KeyKind::Text | KeyKind::Percent => quoted(value),
+            KeyKind::Number => units::parse_number(value)
+                .map_err(|error| format!("{key}: {error}"))?
+                .to_string(),
+            KeyKind::Switch => match value.as_str() {
+                "on" | "yes" | "true" | "1" => "true".to_owned(),
+                "off" | "no" | "false" | "0" => "false".to_owned(),
+                _ => return Err(format!("{key}: `{}` is neither on nor off", shown())),
+            },
+        };
+        text.push_str(&format!("{key} = {literal}\n"));
+    }
+    let config = Config::parse(&text).map_err(|(_, message)| message)?;
+    match config.vms.into_iter().next() {
+        Some(vm) => Ok(vm),
+        None => Err(format!("`{name}` gives no VM")),
+    }
+}
+
+/// A text as TOML has it.
+fn quoted(text: &str) -> String {
+    let mut out = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            c if c.is_control() => out.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+/// A value of the file as an operator writes it.
+fn as_written(value: &toml::Value) -> Option<String> {
+    Some(match value {
+        toml::Value::String(text) => text.clone(),
+        toml::Value::Integer(number) => number.to_string(),
+        toml::Value::Boolean(true) => "on".to_owned(),
+        toml::Value::Boolean(false) => "off".to_owned(),
+        _ => return None,
+    })
 }
 
 impl VmConfig {
@@ -197,6 +379,7 @@ struct RawHost {
     unshare_risk: Option<Spanned<Percent>>,
     vm_overhead: Option<Size>,
     idle_tax_percent: Option<Spanned<Percent>>,
+    metrics_port: Option<Spanned<u64>>,
 }
 
 #[derive(Deserialize)]
@@ -204,6 +387,7 @@ struct RawHost {
 struct RawVm {
     name: Spanned<String>,
     qmp: Option<Spanned<PathBuf>>,
+    agent: Option<Spanned<PathBuf>>,
     static_min: Option<Spanned<Size>>,
     dynamic_min: Option<Spanned<Size>>,
     dynamic_max: Option<Spanned<Size>>,
@@ -219,6 +403,24 @@ struct RawVm {
     policy: Option<PolicyKind>,
     cap: Option<Spanned<Size>>,
     guest_control: Option<Spanned<bool>>,
+}
+
+impl Default for Config {
+    /// What holds where nothing is configured.
+    fn default() -> Self {
+        Self {
+            host: HostConfig {
+                policy: PolicyKind::default(),
+                slush_kb: DEFAULT_SLUSH_KB,
+                interval_s: DEFAULT_INTERVAL_S,
+                unshare_risk_percent: DEFAULT_UNSHARE_RISK_PERCENT,
+                vm_overhead_kb: 0,
+                idle_tax_percent: DEFAULT_IDLE_TAX_PERCENT,
+                metrics_port: None,
+            },
+            vms: Vec::new(),
+        }
+    }
 }
 
 /// A message and where in the text it belongs.
@@ -255,7 +457,23 @@ impl Config {
                 error.message().trim().replace('\n', ", "),
             )
         })?;
-        Self::check(raw).map_err(|(span, message)| (line_of(text, span.start), message))
+        let mut config =
+            Self::check(raw).map_err(|(span, message)| (line_of(text, span.start), message))?;
+        // What was given, as opposed to what holds by default.
+        #[derive(Deserialize)]
+        struct Given {
+            #[serde(default)]
+            vm: Vec<toml::Table>,
+        }
+        let given: Given = toml::from_str(text).map_err(|error| (1, error.message().to_owned()))?;
+        for (vm, table) in config.vms.iter_mut().zip(given.vm) {
+            vm.given = table
+                .iter()
+                .filter(|(key, _)| *key != "name")
+                .filter_map(|(key, value)| Some((key.clone(), as_written(value)?)))
+                .collect();
+        }
+        Ok(config)
     }
 
     fn check(raw: RawConfig) -> Result<Self, Fault> {
@@ -269,7 +487,12 @@ impl Config {
                 1,
                 3600,
             )?,
-            unshare_risk_percent: percent("unshare_risk", raw.host.unshare_risk, 100, 100)?,
+            unshare_risk_percent: percent(
+                "unshare_risk",
+                raw.host.unshare_risk,
+                DEFAULT_UNSHARE_RISK_PERCENT,
+                100,
+            )?,
             vm_overhead_kb: raw.host.vm_overhead.map_or(0, |size| size.0),
             idle_tax_percent: percent(
                 "idle_tax_percent",
@@ -277,6 +500,13 @@ impl Config {
                 DEFAULT_IDLE_TAX_PERCENT,
                 99,
             )?,
+            metrics_port: match raw.host.metrics_port {
+                Some(port) => {
+                    let port = within("metrics_port", Some(port), 0, 1, 65535)?;
+                    u16::try_from(port).ok()
+                }
+                None => None,
+            },
         };
         let mut vms = Vec::with_capacity(raw.vm.len());
         let mut seen = HashMap::new();
@@ -396,15 +626,18 @@ impl VmConfig {
             let message = "guest_control excludes amr: switch one of them off".to_owned();
             return Err((on.span(), about(message)));
         }
-        let qmp = match raw.qmp {
+        let socket = |key: &str, path: Option<Spanned<PathBuf>>| match path {
             Some(path) if !path.get_ref().is_absolute() => {
-                let message = format!("qmp (`{}`) is no absolute path", path.get_ref().display());
-                return Err((path.span(), about(message)));
+                let message = format!("{key} (`{}`) is no absolute path", path.get_ref().display());
+                Err((path.span(), about(message)))
             }
-            path => path.map(Spanned::into_inner),
+            path => Ok(path.map(Spanned::into_inner)),
         };
+        let (qmp, agent) = (socket("qmp", raw.qmp)?, socket("agent", raw.agent)?);
         Ok(Self {
             qmp,
+            agent,
+            given: BTreeMap::new(),
             static_min_kb: kb(static_min),
             dynamic_min_kb: min,
             dynamic_max_kb: max,

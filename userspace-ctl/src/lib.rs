@@ -5,6 +5,7 @@
 //! Reading and writing ([`sysfs`], [`host`], [`vm`]) is kept apart from what is shown ([`table`],
 //! [`status`]), so that every screen is a pure function of a snapshot and a width.
 
+pub mod admission;
 pub mod cli;
 pub mod config;
 pub mod control;
@@ -13,9 +14,12 @@ mod figures;
 pub mod guests;
 pub mod host;
 pub mod knobs;
+pub mod overview;
 pub mod plan;
 pub mod policy;
 pub mod qmp;
+pub mod rates;
+pub mod runtime;
 pub mod snapshot;
 pub mod status;
 pub mod sysfs;

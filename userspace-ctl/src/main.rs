@@ -3,6 +3,7 @@
 //! `thinramctl`: see `thinramctl --help`.
 
 mod commands;
+mod drive;
 mod output;
 
 use clap::Parser;
@@ -14,6 +15,11 @@ use thinramctl::cli::Cli;
 #[error("{0}")]
 pub struct Usage(pub String);
 
+/// What was asked for is not allowed, by a rule and not by a failure.
+#[derive(Debug, thiserror::Error)]
+#[error("refused: {0}")]
+pub struct Refused(pub String);
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match commands::run(&cli) {
@@ -23,7 +29,11 @@ fn main() -> ExitCode {
             let message = format!("thinramctl: {error:#}");
             // Nobody is left to tell when stderr is closed too.
             let _ = output::complain(&message);
-            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+            ExitCode::from(match error {
+                error if error.is::<Usage>() => 2,
+                error if error.is::<Refused>() => 3,
+                _ => 1,
+            })
         }
     }
 }

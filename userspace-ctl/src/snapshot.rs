@@ -51,12 +51,19 @@ pub struct Snapshot {
 }
 
 /// The host's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostSample {
     /// All memory.
     pub total_kb: u64,
     /// What can be had without swapping.
     pub available_kb: u64,
+    /// Part of it that is kept for VMs that start.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub reserved_kb: u64,
+}
+
+fn is_zero(kb: &u64) -> bool {
+    *kb == 0
 }
 
 /// One guest; a figure that nobody could tell is `None` (absent, `null` or -1).

@@ -26,7 +26,7 @@ pub struct Status {
 }
 
 /// One VM with the sum of its states, as `vm show --json` has it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct VmDetail<'a> {
     /// The VM.
     #[serde(flatten)]
@@ -34,6 +34,9 @@ pub struct VmDetail<'a> {
     /// Absent where the size is not known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sum_check: Option<SumCheck>,
+    /// What the daemon says about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest: Option<serde_json::Value>,
 }
 
 impl Status {
@@ -182,6 +185,7 @@ impl Status {
             ("huge", 7, "huge_kb", false),
             ("zipped", 6, "compressed_kb", false),
             ("swapped", 5, "swapped_kb", false),
+            ("active", 4, "active_kb", false),
         ] {
             if always || used(name) {
                 columns.push(Column::number(title, rank));

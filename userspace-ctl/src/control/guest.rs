@@ -9,6 +9,7 @@ use super::{
     Safety, Seen, FOREIGN_KB, HOLD_S, INACTIVE_S, NEWS_S, PEACE_S, RETRY_S, STRESS_REFAULTS,
     STRESS_SWAP_KB, TOLERANCE_KB, UNCOOPERATIVE_S, WATCH_S,
 };
+use crate::snapshot::{HostSample, VmSample};
 use serde::Serialize;
 use std::collections::VecDeque;
 
@@ -60,6 +61,10 @@ pub struct Decision {
     pub aim_kb: u64,
     /// Why.
     pub reason: String,
+    /// The guest as it was seen.
+    pub sample: VmSample,
+    /// The host as it was seen.
+    pub host: HostSample,
 }
 
 /// What was moved, in magnitude and not only in number.
@@ -165,6 +170,14 @@ impl Guest {
     /// The last decisions, oldest first.
     pub fn decisions(&self) -> impl Iterator<Item = &Decision> {
         self.decisions.iter()
+    }
+
+    /// Notes what the last decision came from.
+    pub(super) fn note_inputs(&mut self, sample: &VmSample, host: HostSample) {
+        if let Some(last) = self.decisions.back_mut() {
+            last.sample.clone_from(sample);
+            last.host = host;
+        }
     }
 
     /// What was moved.
@@ -466,6 +479,8 @@ impl Guest {
             wanted_kb,
             aim_kb,
             reason,
+            sample: VmSample::default(),
+            host: HostSample::default(),
         });
     }
 }

@@ -298,8 +298,12 @@ impl Controller {
             else {
                 continue;
             };
+            let sample = snapshot.vms.iter().find(|vm| vm.name == target.name);
             let Some(wanted) = target.target_kb.filter(|_| target.ready) else {
                 guest.not_ready(seen.now_s, target.reason);
+                if let Some(sample) = sample {
+                    guest.note_inputs(sample, seen.host);
+                }
                 continue;
             };
             // What was asked for by hand is meant to the last MiB.
@@ -309,7 +313,11 @@ impl Controller {
                 ..self.safety
             };
             let (shaped, why) = shape(guest, vm, wanted, &target.reason, seen.now_s, &safety);
-            if let Some(kb) = guest.plan(seen.now_s, wanted, shaped, &why) {
+            let order = guest.plan(seen.now_s, wanted, shaped, &why);
+            if let Some(sample) = sample {
+                guest.note_inputs(sample, seen.host);
+            }
+            if let Some(kb) = order {
                 orders.push(Order {
                     name: target.name,
                     kb,
@@ -354,8 +362,9 @@ impl Controller {
 
     /// Host memory that nobody holds and nobody was promised: a guest may touch all that its balloon
     /// leaves it at any time.
-    fn budget(&self, config: &Config, seen: &Observation) -> i128 {
-        let mut free = i128::from(seen.host.available_kb) - i128::from(config.host.slush_kb);
+    pub fn budget(&self, config: &Config, seen: &Observation) -> i128 {
+        let kept = i128::from(config.host.slush_kb) + i128::from(seen.host.reserved_kb);
+        let mut free = i128::from(seen.host.available_kb) - kept;
         for vm in &seen.vms {
             let (Some(resident), Some(guest)) =
                 (vm.sample.resident_kb, self.guests.get(&vm.sample.name))

@@ -162,6 +162,7 @@ impl Sim {
             host: HostSample {
                 total_kb: self.total,
                 available_kb: u64::try_from(self.available()).unwrap_or(0),
+                ..HostSample::default()
             },
             vms: self.guests.iter().map(seen).collect(),
         }

@@ -4,12 +4,15 @@
 //! may use.
 
 use crate::config::VmConfig;
-use crate::control::{Conduct, Decision, Tally};
+use crate::control::{Conduct, Decision, HostState, Tally};
 use crate::policy::PolicyKind;
 use crate::qmp::Driver;
+use crate::rates::PerSecond;
+use crate::snapshot::Snapshot;
 use crate::units::exact_kb;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -51,6 +54,47 @@ pub enum Request {
         /// Which one.
         vm: String,
     },
+    /// What the policies decide from, now.
+    Snapshot,
+    /// Adds a VM.
+    Add {
+        /// Its name.
+        vm: String,
+        /// Its settings, as an operator writes them.
+        settings: BTreeMap<String, String>,
+    },
+    /// Changes a setting of a VM.
+    Set {
+        /// Which VM.
+        vm: String,
+        /// Which setting.
+        key: String,
+        /// Its value, as an operator writes it.
+        value: String,
+    },
+    /// Sizes a VM no more.
+    Remove {
+        /// Which one.
+        vm: String,
+    },
+    /// Whether a VM may start; if so, its minimum is kept for it.
+    Admit {
+        /// Its name.
+        vm: String,
+        /// Least that it can run with.
+        min_kb: u64,
+        /// Part of all sharing breaking that need not be backed; the configuration's where not given.
+        unshare_risk_percent: Option<u64>,
+        /// How long it is kept.
+        hold_s: u64,
+        /// It will be asked again: the guests make room meanwhile.
+        wait: bool,
+    },
+    /// Keeps nothing for a VM any more.
+    Cancel {
+        /// Which one.
+        vm: String,
+    },
 }
 
 /// What it answers.
@@ -58,7 +102,16 @@ pub enum Request {
 #[serde(untagged)]
 pub enum Reply {
     /// All guests.
-    Status(Report),
+    Status(Box<Report>),
+    /// What the policies decide from.
+    Snapshot(Snapshot),
+    /// Whether a VM may start.
+    Admission {
+        /// It may.
+        admitted: bool,
+        /// Why not, or what is kept.
+        reason: String,
+    },
     /// The last decisions about a VM.
     Explain {
         /// The daemon's clock.
@@ -79,8 +132,61 @@ pub struct Report {
     pub admission_ok: bool,
     /// What is wrong with the host, if anything is.
     pub trouble: Option<String>,
+    /// The host's memory.
+    pub host: Option<HostReport>,
+    /// What is kept for VMs that start.
+    pub reservations: Vec<ReservationReport>,
     /// The configured guests.
     pub guests: Vec<GuestReport>,
+    /// VMs of the module that are in no configuration: they are left alone.
+    pub found: Vec<FoundReport>,
+}
+
+/// The host's memory, as the loop sees it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HostReport {
+    /// The module's state.
+    pub state: Option<HostState>,
+    /// All memory.
+    pub total_kb: u64,
+    /// What can be had without swapping.
+    pub available_kb: u64,
+    /// Kept back from all guests.
+    pub slush_kb: u64,
+    /// Kept for VMs that start.
+    pub reserved_kb: u64,
+    /// What it would cost if all sharing broke.
+    pub unshare_kb: u64,
+    /// Part of that which need not be backed by memory.
+    pub unshare_risk_percent: u64,
+    /// Whether the rest is.
+    pub unshare_ok: bool,
+}
+
+/// What is kept for a VM that starts.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ReservationReport {
+    /// The VM.
+    pub name: String,
+    /// Its minimum.
+    pub min_kb: u64,
+    /// For how long yet.
+    pub left_s: f64,
+    /// It was admitted, else it waits for the memory.
+    pub admitted: bool,
+}
+
+/// A VM that nobody configured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct FoundReport {
+    /// Its name in the module.
+    pub name: String,
+    /// What it holds.
+    pub resident_kb: Option<u64>,
+    /// Process that maps its memory.
+    pub owner_pid: Option<u64>,
+    /// Its QMP socket, from that process's command line.
+    pub qmp: Option<PathBuf>,
 }
 
 /// The loop's view of a guest; what is not known is `null`.
@@ -88,6 +194,10 @@ pub struct Report {
 pub struct GuestReport {
     /// Its name.
     pub name: String,
+    /// Its name in the module; `null` where it is not there.
+    pub module_name: Option<String>,
+    /// How it is reached: the path of its QMP socket.
+    pub link: Option<String>,
     /// Its policy.
     pub policy: PolicyKind,
     /// Whether it was sized by hand, and keeps that.
@@ -114,6 +224,8 @@ pub struct GuestReport {
     pub ordered_kb: Option<u64>,
     /// What its balloon leaves it.
     pub current_kb: Option<u64>,
+    /// What its balloon took of the memory that it was started with.
+    pub ballooned_kb: Option<u64>,
     /// All memory that it sees.
     pub guest_total_kb: Option<u64>,
     /// Its free memory.
@@ -124,6 +236,14 @@ pub struct GuestReport {
     pub committed_kb: Option<u64>,
     /// That in percent of what it sees.
     pub pressure_percent: Option<u64>,
+    /// What it lately used, by the module's samples.
+    pub active_kb: Option<u64>,
+    /// Host memory that it holds.
+    pub resident_kb: Option<u64>,
+    /// How old its figures are.
+    pub stats_age_s: Option<f64>,
+    /// What happens to it in a second.
+    pub rates: PerSecond,
     /// Why it is sized as it is.
     pub reason: Option<String>,
     /// What is wrong with its socket or balloon.

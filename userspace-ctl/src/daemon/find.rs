@@ -3,8 +3,33 @@
 //! Finds a VM's QMP socket in the command line of its QEMU.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
+
+/// Characters that libvirt keeps of a domain's name for its directories.
+const LIBVIRT_NAME: usize = 20;
+
+/// The module's name of a VM: its own, or what libvirt makes of it, `7-web1`.
+pub fn module_name<'a>(names: impl Iterator<Item = &'a OsStr>, wanted: &str) -> Option<&'a OsStr> {
+    let short: String = wanted.chars().take(LIBVIRT_NAME).collect();
+    let mut best = None;
+    for name in names {
+        if name == OsStr::new(wanted) {
+            return Some(name);
+        }
+        let parts = name.to_str().and_then(|name| name.split_once('-'));
+        let number = parts.filter(|(_, rest)| *rest == short).map(|(id, _)| id);
+        let Some(id) = number.and_then(|id| id.parse::<u64>().ok()) else {
+            continue;
+        };
+        // The last one that was started is the one that runs.
+        if best.is_none_or(|(last, _)| id > last) {
+            best = Some((id, name));
+        }
+    }
+    best.map(|(_, name)| name)
+}
 
 /// The QMP socket of a process; `None` where it has none that we can connect to.
 pub(super) fn qmp_of(root: &Path, pid: u64) -> Option<PathBuf> {
@@ -86,6 +111,28 @@ mod tests {
         ] {
             assert_eq!(find(none), None, "{none}");
         }
+    }
+
+    #[test]
+    fn names_of_the_module() {
+        let names = [
+            "3-web1",
+            "12-web1",
+            "web2",
+            "4-web2",
+            "x-web3",
+            "7-a-name-of-more-than-",
+        ];
+        let find = |wanted| {
+            let names = names.iter().map(OsStr::new);
+            module_name(names, wanted).map(|name| name.to_str().unwrap().to_owned())
+        };
+        assert_eq!(find("web1").as_deref(), Some("12-web1"));
+        assert_eq!(find("web2").as_deref(), Some("web2"));
+        assert_eq!(find("web3"), None);
+        assert_eq!(find("3-web1").as_deref(), Some("3-web1"));
+        let long = find("a-name-of-more-than-twenty-letters");
+        assert_eq!(long.as_deref(), Some("7-a-name-of-more-than-"));
     }
 
     #[test]

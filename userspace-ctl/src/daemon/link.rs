@@ -33,6 +33,11 @@ pub(super) struct Seen {
 }
 
 impl Seen {
+    /// How long ago the guest's figures were new ones.
+    pub(super) fn stats_age(&self) -> Option<Duration> {
+        self.renewed.map(|at| at.elapsed())
+    }
+
     /// The guest's figures, unless they are old.
     pub(super) fn fresh_stats(&self) -> Option<GuestStats> {
         self.stats

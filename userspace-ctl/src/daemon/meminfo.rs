@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 /// Reads it; an error is a sentence.
-pub(super) fn read(root: &Path) -> Result<HostSample, String> {
+pub fn read(root: &Path) -> Result<HostSample, String> {
     let path = root.join("proc/meminfo");
     let text = fs::read_to_string(&path)
         .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
@@ -21,6 +21,7 @@ pub(super) fn read(root: &Path) -> Result<HostSample, String> {
     Ok(HostSample {
         total_kb: figure("MemTotal")?,
         available_kb: figure("MemAvailable")?,
+        reserved_kb: 0,
     })
 }
 
@@ -43,7 +44,8 @@ mod tests {
             read(dir.path()),
             Ok(HostSample {
                 total_kb: 16,
-                available_kb: 7
+                available_kb: 7,
+                reserved_kb: 0,
             })
         );
         fs::write(&file, "MemTotal:       16 kB\nMemAvailable: many kB\n").unwrap();

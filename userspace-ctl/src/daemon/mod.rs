@@ -9,31 +9,35 @@
 pub mod api;
 mod find;
 mod link;
-mod meminfo;
+pub mod meminfo;
+mod report;
+mod told;
+mod wake;
 
-pub use find::qmp_of_command_line;
+pub use find::{module_name, qmp_of_command_line};
 
 use crate::config::{Config, VmConfig};
-use crate::control::{linux_floor_kb, Controller, HostState, Observation, Order, Safety, Seen};
+use crate::control::{Controller, HostState, Observation, Order, Safety, Seen};
+use crate::host::Host;
 use crate::policy::Asked;
-use crate::snapshot::VmSample;
+use crate::rates::Rates;
+use crate::runtime::{self, Runtime};
+use crate::snapshot::{HostSample, VmSample};
 use crate::sysfs::Dir;
 use crate::text::escape;
 use crate::units::{exact_kb, long_kb};
 use crate::vm::{Vm, VmName};
-use api::{GuestReport, Reply, Report, Request};
 use link::Link;
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use sd_notify::NotifyState;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
+use wake::{listen, wait, Manager, Signals, StateFile};
 
 /// Pause between two looks.
 const TICK: Duration = Duration::from_secs(1);
@@ -93,6 +97,11 @@ fn say(level: Level, message: &str) {
 
 struct Daemon {
     options: Options,
+    /// The configuration as it is in the file.
+    file: Config,
+    /// What was told since the host started.
+    runtime: Runtime,
+    /// The file's configuration with what was told laid over it.
     config: Config,
     controller: Controller,
     asked: Asked,
@@ -102,14 +111,49 @@ struct Daemon {
     start: Instant,
     /// What was last wrong with the host, so that it is said once.
     trouble: Option<String>,
+    /// What was last wrong with a VM's files, by its name in the module.
+    troubles: BTreeMap<OsString, String>,
+    /// How often things happen to a VM, by its name in the module.
+    rates: BTreeMap<OsString, Rates>,
+    latest: Option<Latest>,
+}
+
+/// What the last look saw.
+struct Latest {
+    host: HostSample,
+    /// What all sharing saves.
+    saved_kb: u64,
+    /// All VMs of the module.
+    vms: Vec<Vm>,
+    seen: Observation,
+}
+
+impl Latest {
+    /// The module's VM of a VM of the configuration.
+    fn vm(&self, name: &str) -> Option<&Vm> {
+        find_vm(&self.vms, name)
+    }
+}
+
+/// The module's VM of a VM of the configuration.
+fn find_vm<'a>(vms: &'a [Vm], name: &str) -> Option<&'a Vm> {
+    let found = module_name(vms.iter().map(|vm| vm.name.raw()), name)?.to_owned();
+    vms.iter().find(|vm| vm.name.raw() == found)
 }
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(options: Options) -> Result<(), DaemonError> {
-    let config = Config::load(&options.config)?;
+    let file = Config::load(&options.config)?;
     let socket = api::socket_path(&options.root);
     let listener = listen(&socket)?;
     let signals = Signals::new().map_err(DaemonError::Wait)?;
+    let runtime = Runtime::load(&runtime::path(&options.root)).unwrap_or_else(|error| {
+        say(
+            Level::Error,
+            &format!("{error}; what was told before is forgotten"),
+        );
+        Runtime::default()
+    });
     let mut daemon = Daemon {
         controller: Controller::new(Safety::default()),
         asked: Asked::default(),
@@ -117,9 +161,15 @@ pub fn run(options: Options) -> Result<(), DaemonError> {
         caps: BTreeMap::new(),
         start: Instant::now(),
         trouble: None,
+        troubles: BTreeMap::new(),
+        rates: BTreeMap::new(),
+        latest: None,
         options,
-        config,
+        config: file.clone(),
+        file,
+        runtime,
     };
+    daemon.take_over();
     say(
         Level::Info,
         &format!("policy {}", daemon.config.host.policy.name()),
@@ -129,109 +179,6 @@ pub fn run(options: Options) -> Result<(), DaemonError> {
     let _ = fs::remove_file(&socket);
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     ended
-}
-
-/// Makes the socket; one that nobody answers on any more is replaced.
-fn listen(path: &PathBuf) -> Result<UnixListener, DaemonError> {
-    let failed = |source| DaemonError::Listen {
-        path: path.clone(),
-        source,
-    };
-    if UnixStream::connect(path).is_ok() {
-        return Err(DaemonError::Running(path.clone()));
-    }
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    listener.set_nonblocking(true).map_err(failed)?;
-    Ok(listener)
-}
-
-/// Signals as bytes that can be polled for.
-struct Signals {
-    hang_up: UnixStream,
-    end: UnixStream,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        let pipe = |signals: &[i32]| {
-            let (read, write) = UnixStream::pair()?;
-            read.set_nonblocking(true)?;
-            for signal in signals {
-                signal_hook::low_level::pipe::register(*signal, write.try_clone()?)?;
-            }
-            Ok::<_, io::Error>(read)
-        };
-        Ok(Self {
-            hang_up: pipe(&[SIGHUP])?,
-            end: pipe(&[SIGTERM, SIGINT])?,
-        })
-    }
-
-    /// Whether one came since the last look.
-    fn came(mut stream: &UnixStream) -> bool {
-        let mut bytes = [0; 64];
-        let mut came = false;
-        while matches!(stream.read(&mut bytes), Ok(1..)) {
-            came = true;
-        }
-        came
-    }
-}
-
-/// The module's `state`, which wakes us when it changes.
-struct StateFile(Option<File>);
-
-impl StateFile {
-    /// Reads it, without which it would not wake us.
-    fn arm(&mut self, dir: Option<&Dir>) {
-        let mut text = String::new();
-        let read = |file: &mut File, text: &mut String| {
-            file.seek(SeekFrom::Start(0))
-                .and_then(|_| file.read_to_string(text))
-        };
-        let armed = self
-            .0
-            .as_mut()
-            .is_some_and(|file| read(file, &mut text).is_ok());
-        if !armed {
-            self.0 = dir.and_then(|dir| File::open(dir.path().join("state")).ok());
-            if let Some(file) = &mut self.0 {
-                let _ = read(file, &mut text);
-            }
-        }
-    }
-}
-
-/// The service manager that started us, if one did.
-#[derive(Default)]
-struct Manager {
-    last: String,
-}
-
-impl Manager {
-    /// Says that we live, and how we are where that changed. The first time means "ready".
-    fn tell(&mut self, status: &str) {
-        let mut said = Vec::new();
-        if self.last.is_empty() {
-            said.push(NotifyState::Ready);
-        }
-        if self.last != status {
-            said.push(NotifyState::Status(status));
-        }
-        if sd_notify::watchdog_enabled().is_some() {
-            said.push(NotifyState::Watchdog);
-        }
-        if !said.is_empty() {
-            // Without a manager there is nobody to tell.
-            let _ = sd_notify::notify(&said);
-        }
-        status.clone_into(&mut self.last);
-    }
 }
 
 impl Daemon {
@@ -270,12 +217,19 @@ impl Daemon {
 
     fn reload(&mut self) {
         match Config::load(&self.options.config) {
-            Ok(config) => {
-                self.config = config;
-                self.caps.clear();
-                self.controller.decide_next();
-                say(Level::Info, "configuration read again");
-            }
+            Ok(config) => match self.all_may_have(&config) {
+                Ok(()) => {
+                    self.file = config;
+                    self.take_over();
+                    say(Level::Info, "configuration read again");
+                }
+                Err(error) => {
+                    say(
+                        Level::Error,
+                        &format!("{error}; the old configuration is kept"),
+                    );
+                }
+            },
             Err(error) => {
                 say(
                     Level::Error,
@@ -283,6 +237,25 @@ impl Daemon {
                 );
             }
         }
+    }
+
+    /// Makes the configuration and what was told hold from now on.
+    fn take_over(&mut self) {
+        let (config, misfits) = self.runtime.over(&self.file);
+        for misfit in misfits {
+            let said = format!("what was told does not fit the configuration: {misfit}");
+            say(Level::Warning, &said);
+        }
+        self.config = config;
+        self.asked.sizes = self.runtime.sizes.clone();
+        self.caps.clear();
+        self.controller.decide_next();
+    }
+
+    /// Seconds since 1970: reservations outlive this process.
+    fn clock_s() -> f64 {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        since.map_or(0.0, |since| since.as_secs_f64())
     }
 
     /// Says what is wrong with the host when that changes.
@@ -310,35 +283,76 @@ impl Daemon {
         self.trouble(trouble);
         let Some(host) = host else { return };
 
+        let all = self.read_vms(dir);
         let mut vms = Vec::new();
         for config in self.config.vms.clone() {
-            let vm = dir.and_then(|dir| {
-                let read = Vm::read(&dir.child("vms"), &VmName::new(&config.name));
-                read.unwrap_or_else(|error| {
-                    say(Level::Warning, &error.to_string());
-                    None
-                })
-            });
-            self.connect(&config, vm.as_ref());
-            if let (Some(dir), Some(vm)) = (dir, &vm) {
+            let vm = find_vm(&all, &config.name);
+            self.connect(&config, vm);
+            if let (Some(dir), Some(vm)) = (dir, vm) {
                 self.cap(dir, &config, vm);
             }
-            vms.extend(self.see(&config, vm.as_ref()));
+            vms.extend(self.see(&config, vm));
         }
         let configured = |name: &String| self.config.vm(name).is_some();
         self.links.retain(|name, _| configured(name));
         self.caps.retain(|name, _| self.config.vm(name).is_some());
 
-        let state = dir.and_then(|dir| dir.read("state").ok().flatten());
-        let seen = Observation {
-            now_s: self.start.elapsed().as_secs_f64(),
-            state: state.and_then(|word| HostState::parse(&word)),
+        let module = dir.and_then(|dir| Host::read(dir).ok()).unwrap_or_default();
+        let mut seen = Observation {
+            now_s: self.now_s(),
+            state: module.state.as_deref().and_then(HostState::parse),
             host,
             vms,
         };
+        let latest = Latest {
+            host,
+            saved_kb: module.figures.saved_kb.unwrap_or(0),
+            vms: all,
+            seen: seen.clone(),
+        };
+        let reserved_kb = self.keep_reservations(&latest);
+        seen.host.reserved_kb = reserved_kb;
+        self.latest = Some(Latest {
+            host: seen.host,
+            seen: seen.clone(),
+            ..latest
+        });
         for order in self.controller.tick(&self.config, &seen, &self.asked) {
             self.carry_out(&order);
         }
+    }
+
+    fn now_s(&self) -> f64 {
+        self.start.elapsed().as_secs_f64()
+    }
+
+    /// All VMs of the module; what is wrong with one is said once.
+    fn read_vms(&mut self, dir: Option<&Dir>) -> Vec<Vm> {
+        let Some(dir) = dir.map(|dir| dir.child("vms")) else {
+            return Vec::new();
+        };
+        let now_s = self.now_s();
+        let mut vms = Vec::new();
+        for name in dir.dirs().unwrap_or_default() {
+            match Vm::read(&dir, &VmName::new(name.clone())) {
+                Ok(None) => {}
+                Ok(Some(vm)) => {
+                    self.troubles.remove(&name);
+                    self.rates.entry(name).or_default().note(now_s, &vm.figures);
+                    vms.push(vm);
+                }
+                Err(error) => {
+                    let error = error.to_string();
+                    if self.troubles.get(&name) != Some(&error) {
+                        say(Level::Warning, &error);
+                        self.troubles.insert(name, error);
+                    }
+                }
+            }
+        }
+        self.rates
+            .retain(|name, _| vms.iter().any(|vm| vm.name.raw() == name));
+        vms
     }
 
     /// Keeps a thread for a VM whose socket is known.
@@ -366,7 +380,7 @@ impl Daemon {
         if has.is_some_and(|value| *value == cap.to_string()) || self.options.dry_run {
             return;
         }
-        let vms = dir.child("vms").child(&config.name);
+        let vms = dir.child("vms").child(vm.name.raw());
         match vms.write("limit_kb", &cap.to_string()) {
             Ok(()) => say(
                 Level::Info,
@@ -424,116 +438,5 @@ impl Daemon {
                 self.controller.guests().len()
             ),
         }
-    }
-
-    fn answer(&mut self, request: Request) -> Result<Reply, String> {
-        match request {
-            Request::Status => Ok(Reply::Status(self.report())),
-            Request::Explain { vm } => {
-                self.known(&vm)?;
-                let guest = self.controller.guests().get(&vm);
-                let decisions = guest.map(|guest| guest.decisions().cloned().collect());
-                Ok(Reply::Explain {
-                    now_s: self.start.elapsed().as_secs_f64(),
-                    decisions: decisions.unwrap_or_default(),
-                })
-            }
-            Request::Balloon { vm, kb } => {
-                let config = self.known(&vm)?;
-                api::within_bounds(config, kb)?;
-                self.asked.sizes.insert(vm, kb);
-                self.controller.decide_next();
-                Ok(Reply::Done {})
-            }
-            Request::Release { vm } => {
-                self.known(&vm)?;
-                self.asked.sizes.remove(&vm);
-                self.controller.release(&vm);
-                self.controller.decide_next();
-                Ok(Reply::Done {})
-            }
-        }
-    }
-
-    fn known(&self, name: &str) -> Result<&VmConfig, String> {
-        self.config
-            .vm(name)
-            .ok_or_else(|| format!("no VM named {} is configured", escape(name.as_bytes())))
-    }
-
-    fn report(&self) -> Report {
-        let guests = self.config.vms.iter().map(|config| {
-            let link = self.links.get(&config.name).map(Link::look);
-            let guest = self.controller.guests().get(&config.name);
-            let stats = link.as_ref().and_then(link::Seen::fresh_stats);
-            let total = stats.and_then(|stats| stats.total_kb);
-            let available = stats.and_then(|stats| stats.available_kb);
-            let committed = total
-                .zip(available)
-                .map(|(total, available)| total.saturating_sub(available))
-                .map(|used| used + stats.and_then(|s| s.swapped_out_kb()).unwrap_or(0));
-            let last = guest.and_then(|guest| guest.decisions().last());
-            GuestReport {
-                name: config.name.clone(),
-                policy: self.config.policy_of(config),
-                by_hand: self.asked.sizes.contains_key(&config.name),
-                driver: link.as_ref().map(|link| link.driver).unwrap_or_default(),
-                conduct: guest.map(crate::control::Guest::conduct),
-                min_kb: config.dynamic_min_kb,
-                entitlement_kb: config.entitlement_kb,
-                max_kb: config.ceiling_kb(),
-                chunk_kb: config.chunk_kb,
-                amr: config.amr,
-                comfortable_kb: committed.map(|kb| kb.max(linux_floor_kb(config.static_max_kb))),
-                target_kb: last.and_then(|last| last.wanted_kb),
-                ordered_kb: guest.map(crate::control::Guest::ordered_kb),
-                current_kb: link.as_ref().and_then(|link| link.actual_kb),
-                guest_total_kb: total,
-                guest_free_kb: stats.and_then(|stats| stats.free_kb),
-                guest_available_kb: available,
-                committed_kb: committed,
-                pressure_percent: committed
-                    .zip(total)
-                    .and_then(|(c, t)| (c * 100).checked_div(t)),
-                reason: last.map(|last| last.reason.clone()),
-                error: match &link {
-                    Some(link) => link.error.clone(),
-                    None => Some("its QMP socket is not known".to_owned()),
-                },
-                tally: guest.map(crate::control::Guest::tally),
-            }
-        });
-        Report {
-            policy: self.config.host.policy,
-            admission_ok: self.controller.admission_ok(),
-            trouble: self.trouble.clone(),
-            guests: guests.collect(),
-        }
-    }
-}
-
-/// Waits for a client, a signal, a worse state (then the answer is `true`) or the time.
-fn wait(
-    listener: &UnixListener,
-    signals: &Signals,
-    state: Option<&File>,
-    until: Instant,
-) -> io::Result<bool> {
-    let left = until.saturating_duration_since(Instant::now());
-    let left = Timespec::try_from(left).map_err(|_| io::Error::from(ErrorKind::InvalidInput))?;
-    let mut fds = vec![
-        PollFd::new(listener, PollFlags::IN),
-        PollFd::new(&signals.hang_up, PollFlags::IN),
-        PollFd::new(&signals.end, PollFlags::IN),
-    ];
-    if let Some(file) = state {
-        fds.push(PollFd::new(file, PollFlags::PRI));
-    }
-    match poll(&mut fds, Some(&left)) {
-        Ok(_) => Ok(fds
-            .get(3)
-            .is_some_and(|fd| fd.revents().contains(PollFlags::PRI))),
-        Err(rustix::io::Errno::INTR) => Ok(false),
-        Err(error) => Err(error.into()),
     }
 }

@@ -145,7 +145,9 @@ pub fn step(config: &Config, snapshot: &Snapshot, asked: &Asked) -> Plan {
         }
     }
 
-    let mut free = i128::from(snapshot.host.available_kb) - i128::from(config.host.slush_kb);
+    let host = &snapshot.host;
+    let kept = i128::from(config.host.slush_kb) + i128::from(host.reserved_kb);
+    let mut free = i128::from(host.available_kb) - kept;
     // What the operator asks is given first; the others share what is left.
     for guest in groups.remove(&PolicyKind::Manual).unwrap_or_default() {
         let decision = manual(&guest, asked);
@@ -226,7 +228,8 @@ fn minima_fit(config: &Config, snapshot: &Snapshot) -> bool {
     let needed: u128 = running
         .map(|vm| u128::from(vm.dynamic_min_kb) + u128::from(config.host.vm_overhead_kb))
         .sum();
-    needed + u128::from(config.host.slush_kb) <= u128::from(snapshot.host.total_kb)
+    let kept = u128::from(config.host.slush_kb) + u128::from(snapshot.host.reserved_kb);
+    needed + kept <= u128::from(snapshot.host.total_kb)
 }
 
 fn manual(guest: &Guest, asked: &Asked) -> Decision {

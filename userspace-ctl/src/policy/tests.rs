@@ -35,6 +35,7 @@ fn snapshot(available_kb: u64, vms: &[VmSample]) -> Snapshot {
     let host = HostSample {
         total_kb: 64 * G,
         available_kb,
+        ..HostSample::default()
     };
     Snapshot {
         now_s: 0.0,

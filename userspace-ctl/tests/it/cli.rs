@@ -132,7 +132,9 @@ fn status_of_a_module_with_few_files() {
         ok(&tree, &["status"]),
         "scanner   running\n\n\
          VM    domain  size  resident  private  shared  zero  empty  saved\n\
-         web1  -          -         -        -       -     -      -      -\n"
+         web1  -          -         -        -       -     -      -      -\n\n\
+         No daemon runs (thinramctl daemon): no balloon is moved, and what the guests say\n  \
+         is not known.\n"
     );
     let json = json_of(&tree, &["--json", "status"]);
     assert_eq!(json, json!({"host": {"run": 1}, "vms": [{"name": "web1"}]}));

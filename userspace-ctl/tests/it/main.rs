@@ -7,4 +7,6 @@ mod daemon;
 mod plan;
 mod qemu;
 mod race;
+mod told;
 mod tree;
+mod world;
