@@ -58,6 +58,8 @@ pub(crate) enum Candidate {
 struct Inner {
     catalog: Catalog<Boxes<GroupPage>>,
     records: FrameRecords,
+    /// There are clearly more entries than contents: many are of pages that changed or are gone.
+    has_stale: bool,
 }
 
 /// Figures of the index.
@@ -83,7 +85,11 @@ impl SharedIndex {
     pub(crate) fn new() -> impl PinInit<SharedIndex> {
         pin_init!(SharedIndex {
             inner <- new_mutex!(
-                Inner { catalog: Catalog::new(Boxes::new()), records: FrameRecords::new() },
+                Inner {
+                    catalog: Catalog::new(Boxes::new()),
+                    records: FrameRecords::new(),
+                    has_stale: false,
+                },
                 "thinram_index"
             ),
         })
@@ -208,7 +214,14 @@ impl SharedIndex {
 
     /// Leaves a hint. False when there was no place for it.
     pub(crate) fn hint(&self, hash: u64, page_id: u32, registry: &Registry) -> bool {
-        let outcome = self.lock().catalog.insert_hint(hash, page_id);
+        let mut inner = self.lock();
+        if inner.has_stale {
+            inner
+                .catalog
+                .purge(hash, &mut |entry| owner_bits(registry, entry));
+        }
+        let outcome = inner.catalog.insert_hint(hash, page_id);
+        drop(inner);
         match outcome {
             HintOutcome::Placed | HintOutcome::Replaced(_) => true,
             HintOutcome::Evicted(owner) => {
@@ -233,7 +246,8 @@ impl SharedIndex {
     /// while it has fewer places than there are contents it may have to hold (`contents`).
     pub(crate) fn maintain(&self, registry: &Registry, contents: u64) -> Result {
         loop {
-            let inner = self.lock();
+            let mut inner = self.lock();
+            inner.has_stale = inner.catalog.entries() > contents.saturating_add(contents / 16);
             let wants_records = inner.records.table().free() < ROOM;
             let too_small = inner.catalog.capacity().saturating_mul(GROW_PERCENT)
                 < contents.saturating_mul(100);
@@ -250,7 +264,9 @@ impl SharedIndex {
             } else if wants_growth {
                 let owner_bits = |entry: Entry| owner_bits(registry, entry);
                 let mut inner = self.lock();
-                let Inner { catalog, records } = &mut *inner;
+                let Inner {
+                    catalog, records, ..
+                } = &mut *inner;
                 let grew = catalog.grow_step(&mut |entry| match entry {
                     Entry::Stable(id) => records.page(id).map(|page| page.label().hash as u16),
                     hint => owner_bits(hint),

@@ -14,6 +14,8 @@
 //! ```
 //!
 //! Hints are lossy: a full group drops one for a new one. A stable entry never makes way for another.
+//! Pages change and VMs end without a word to the table; [`Catalog::purge`] clears a group of the
+//! hints that they leave behind.
 //!
 //! # Who is dropped
 //!
@@ -739,6 +741,29 @@ impl<S: PageStore> Catalog<S> {
             Settled::Evicted(page) => HintOutcome::Evicted(page),
             Settled::NoRoom => HintOutcome::Refused,
         }
+    }
+
+    /// Makes room in the group of this hash, if it is full, by forgetting hints that are out of date:
+    /// those whose owner (asked as in [`Self::grow_step`]) changed or is gone. True if there were any.
+    pub fn purge(&mut self, hash: u64, owner_bits: &mut dyn FnMut(Entry) -> Option<u16>) -> bool {
+        let number = self.home(hash);
+        let page = self.store.page(page_of(number));
+        let group = page.and_then(|page| page.group(number));
+        if !group.is_some_and(|group| group.is_full()) {
+            return false;
+        }
+        let before = self.entries;
+        let row = (1u32 << self.level.min(TAG_SHIFT)) - 1;
+        self.lift(number, 0, |item| match owner_bits(item.entry()) {
+            _ if item.stable => Fate::Stays,
+            Some(bits) if (u32::from(bits) ^ hash as u32) & row == 0 => Fate::Stays,
+            _ => Fate::Goes,
+        });
+        if let Some(page) = self.store.page_mut(page_of(number)) {
+            page.refill(number);
+        }
+        self.unstash();
+        self.entries < before
     }
 
     /// Takes note that a record has this content, for good.

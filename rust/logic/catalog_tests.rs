@@ -559,6 +559,43 @@ fn hints_whose_page_has_other_content_now_go_when_a_row_is_folded() {
 }
 
 #[test]
+fn hints_of_pages_that_are_gone_make_way() {
+    let mut model = Model::new();
+    model.grow(true);
+    let places = PAGE_ENTRIES as u64;
+    for n in 0..3 * places {
+        model.insert_hint(mix(n));
+    }
+    // Every hint that the table holds is of a page that is gone, but for some.
+    model.stale = model.hints.keys().copied().filter(|p| p % 8 != 0).collect();
+    let old: Vec<u32> = model.hints.keys().copied().collect();
+    let mut purged = 0;
+    for n in 3 * places..7 * places / 2 {
+        let (hash, hints, stale) = (mix(n), &model.hints, &model.stale);
+        purged += u32::from(model.catalog.purge(hash, &mut |entry| {
+            let page = entry.id();
+            (!stale.contains(&page)).then(|| hints[&page] as u16)
+        }));
+        let (catalog, stale) = (&model.catalog, &model.stale);
+        model.hints.retain(|page, hash| {
+            let there = catalog
+                .lookup(*hash)
+                .any(|entry| entry == Entry::Hint(*page));
+            assert!(there || stale.contains(page), "a hint in use went");
+            there
+        });
+        model.check();
+        assert_eq!(model.insert_hint(hash), HintOutcome::Placed);
+    }
+    assert!(
+        purged as usize > GROUPS_PER_PAGE / 2,
+        "{purged} groups were cleared"
+    );
+    let kept = old.iter().filter(|page| *page % 8 == 0);
+    assert!(kept.clone().count() > 0 && kept.clone().all(|page| model.hints.contains_key(page)));
+}
+
+#[test]
 fn groups_that_share_a_spill_do_not_mix_up() {
     let mut catalog = Catalog::new(Pages::default());
     catalog.store_mut().0.push(Box::default());
