@@ -5,6 +5,7 @@
 #include <linux/kthread.h>
 #include <linux/module.h>
 #include <linux/pagemap.h>
+#include <linux/prefetch.h>
 #include <linux/ratelimit.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
@@ -41,6 +42,11 @@ unsigned long thinram_page_to_pfn(const struct page *page)
 void *thinram_page_address(const struct page *page)
 {
 	return page_address(page);
+}
+
+void thinram_page_prefetch(const struct page *page)
+{
+	prefetch_range(page_address(page), 4 * L1_CACHE_BYTES);
 }
 
 int thinram_page_to_nid(const struct page *page)

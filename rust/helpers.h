@@ -24,6 +24,7 @@ extern const gfp_t thinram_gfp_shared;
 struct page *thinram_pfn_to_page(unsigned long pfn);
 unsigned long thinram_page_to_pfn(const struct page *page);
 void *thinram_page_address(const struct page *page);
+void thinram_page_prefetch(const struct page *page);
 int thinram_page_to_nid(const struct page *page);
 void thinram_page_get(struct page *page);
 void thinram_page_put(struct page *page);

@@ -47,6 +47,8 @@ impl Work for Scanner {
             let limits = host.limits();
             let running = host.run_mode() == RunMode::Run;
             if !running || limits.total_pages == 0 {
+                // The next pass is a whole one.
+                walk.restart();
                 // Memory that is touched for the first time rings no bell.
                 let idle_us = if running { 1_000_000 } else { u64::MAX };
                 host.scanner_bell.sleep(idle_us, task::should_stop);
@@ -184,10 +186,14 @@ impl Walk {
         self.window = 0;
     }
 
-    fn end_pass(&mut self, host: &Host) {
+    fn restart(&mut self) {
         self.region = 0;
         self.index = 0;
         self.window = 0;
+    }
+
+    fn end_pass(&mut self, host: &Host) {
+        self.restart();
         if self.found {
             host.index().end_pass();
             host.events.full_scans.fetch_add(1, Ordering::Relaxed);
@@ -226,6 +232,10 @@ impl Walk {
                 if needs_look(slot, visit.pass, self.index) {
                     if slot.state() == State::Private {
                         scanned += 1;
+                    }
+                    // What takes longest is to get hold of a page's first bytes.
+                    if let Some(next) = guard.page(self.index + 1) {
+                        next.prefetch();
                     }
                     self.look(host, &mut guard, visit, slot);
                 } else if slot.state() == State::Private {

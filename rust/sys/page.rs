@@ -178,6 +178,14 @@ impl<'a> PageRef<'a> {
         unsafe { bindings::thinram_page_address(self.0.as_ptr()) }
     }
 
+    /// Asks for the first cache lines, so that they, and the translation of the page's address, are
+    /// there when it is read soon after.
+    #[inline]
+    pub(crate) fn prefetch(self) {
+        // SAFETY: The page is alive, and a prefetch changes nothing.
+        unsafe { bindings::thinram_page_prefetch(self.0.as_ptr()) }
+    }
+
     /// The frame number.
     #[inline]
     pub(crate) fn pfn(self) -> u64 {
