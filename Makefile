@@ -26,6 +26,16 @@ install: all ctl
 	$(MAKE) -C $(KDIR) M=$(CURDIR) MO=$(MO) INSTALL_MOD_PATH=$(DESTDIR) modules_install
 	$(if $(DESTDIR),,depmod $(KVER))
 	install -D -m 755 target/release/thinramctl $(DESTDIR)$(PREFIX)/sbin/thinramctl
+	target/release/thinramctl man --dir $(DESTDIR)$(PREFIX)/share/man/man1
+	for i in bash:bash-completion/completions/thinramctl zsh:zsh/site-functions/_thinramctl \
+	    fish:fish/vendor_completions.d/thinramctl.fish; do \
+	    f=$(DESTDIR)$(PREFIX)/share/$${i#*:}; mkdir -p $${f%/*}; \
+	    target/release/thinramctl completions $${i%%:*} >$$f || exit 1; done
+	mkdir -p $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's|/usr/local|$(PREFIX)|' userspace-ctl/dist/thinramctl.service \
+	    >$(DESTDIR)$(PREFIX)/lib/systemd/system/thinramctl.service
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/thinram userspace-ctl/dist/thinram.toml \
+	    userspace-ctl/dist/thinram-alerts.yml userspace-ctl/dist/grafana-thinram.json
 
 clean:
 	rm -rf target
@@ -34,7 +44,7 @@ help:
 	@echo 'On a KVM host:'
 	@echo '  make            build thinram.ko for the running kernel (or KDIR=, KVER=)'
 	@echo '  make kdir       prepare a KDIR from the distribution'"'"'s kernel source'
-	@echo '  make install    install the module and thinramctl (DESTDIR=, PREFIX=)'
+	@echo '  make install    install the module and thinramctl with its manual pages (DESTDIR=, PREFIX=)'
 	@echo 'Anywhere (in a Debian sysroot that is made below ~/.cache/thinram):'
 	@echo '  make demo       three KVM guests share memory on a stock kernel'
 	@echo '  make test       every test;   make check   formatting, lints, layering'

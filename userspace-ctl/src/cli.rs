@@ -4,8 +4,10 @@
 
 use crate::config::VM_KEYS;
 use crate::knobs::{Knob, Scope};
+use crate::policy::PolicyKind;
 use crate::units::{self, SIZE_FORMS};
 use clap::{Parser, Subcommand};
+use clap_complete::Shell;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -42,6 +44,64 @@ pub enum Command {
         /// Stop after this many times.
         #[arg(long, value_name = "N", requires = "watch", value_parser = clap::value_parser!(u64).range(1..))]
         count: Option<u64>,
+    },
+    /// Show host and VMs live: sortable, with what each held over time.
+    ///
+    /// In a terminal, `?` tells the keys. Elsewhere each look is printed as a screen of text.
+    Top {
+        /// Seconds between two looks.
+        #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+        interval: Duration,
+        /// Stop after this many looks.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        count: Option<u64>,
+    },
+    /// Estimate what sharing would save, by VM and by pair, without merging.
+    ///
+    /// Reads the VMs' memory, of which nothing is changed, and compares hashes. `status` shows the
+    /// last result for VMs that are domains of their own.
+    Estimate {
+        /// The VMs; all where none is named.
+        vms: Vec<OsString>,
+        /// Part of the pages that is read; less is faster, and says too much where VMs hold pages
+        /// several times.
+        #[arg(long, value_name = "PERCENT", default_value = "100%", value_parser = sample)]
+        sample: f64,
+    },
+    /// Write what the daemon's policies decide from to a file, again and again.
+    Record {
+        /// The file, a JSON object a line; `-` is standard output. It must not exist.
+        file: PathBuf,
+        /// Seconds between two lines.
+        #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+        interval: Duration,
+        /// Stop after so long; without it, when the program is ended.
+        #[arg(long = "for", value_name = "TIME", value_parser = recording)]
+        time: Option<Duration>,
+    },
+    /// Have a policy decide what was recorded, offline.
+    Replay {
+        /// The recorded file.
+        file: PathBuf,
+        /// The configuration; /etc/thinram/thinram.toml below the root where none is given.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// One policy for all VMs, instead of the configured ones.
+        #[arg(long, value_parser = policy)]
+        policy: Option<PolicyKind>,
+    },
+    /// Print host, VMs and guests as OpenMetrics; the daemon tells the same on `metrics_port`.
+    Metrics,
+    /// Print a shell's completions.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Print the manual page, or write one for each command.
+    Man {
+        /// Where the pages are written; standard output has only the first one.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
     },
     /// Show and steer VMs.
     #[command(subcommand)]
@@ -229,10 +289,33 @@ fn holding(text: &str) -> Result<Duration, String> {
     time(text, 1, 3600)
 }
 
+fn recording(text: &str) -> Result<Duration, String> {
+    time(text, 1, 31 * 86400)
+}
+
+fn policy(text: &str) -> Result<PolicyKind, String> {
+    PolicyKind::ALL
+        .into_iter()
+        .find(|policy| policy.name() == text)
+        .ok_or_else(|| {
+            let names = PolicyKind::ALL.map(PolicyKind::name).join(", ");
+            format!("`{text}` is none of {names}")
+        })
+}
+
 fn risk(text: &str) -> Result<u64, String> {
     match units::parse_percent(text) {
         Ok(percent) if percent <= 100 => Ok(percent),
         _ => Err(format!("`{text}` is no percentage from 0 to 100")),
+    }
+}
+
+/// A percentage above 0 as a fraction.
+fn sample(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').unwrap_or(text).trim_end();
+    match number.parse::<f64>() {
+        Ok(percent) if (0.01..=100.0).contains(&percent) => Ok(percent / 100.0),
+        _ => Err(format!("`{text}` is no percentage from 0.01 to 100")),
     }
 }
 

@@ -3,23 +3,29 @@
 //! What each command does.
 
 use crate::drive;
+use crate::live;
 use crate::output;
 use crate::Usage;
-use anyhow::bail;
+use anyhow::{bail, Context};
+use clap::CommandFactory;
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use thinramctl::cli::{Cli, Command, VmCommand};
 use thinramctl::config::{self, Config};
 use thinramctl::daemon::api::{self, Request};
-use thinramctl::daemon::{self, Options};
+use thinramctl::daemon::{self, meminfo, Options};
+use thinramctl::estimate::{read_vm, Collector, Estimate, Memory};
 use thinramctl::guests::render_guest;
 use thinramctl::host::{knob_json, Host, HostFigures};
 use thinramctl::knobs::{nearest, Knob, Scope};
+use thinramctl::metrics::expose;
 use thinramctl::overview::{Overview, Watch};
 use thinramctl::plan::render as render_plan;
 use thinramctl::policy::{self, Asked};
@@ -27,6 +33,7 @@ use thinramctl::snapshot::Snapshot;
 use thinramctl::status::{render_vm, Status, VmDetail};
 use thinramctl::sysfs::{Dir, Error};
 use thinramctl::text::escape;
+use thinramctl::trace;
 use thinramctl::vm::{Vm, VmFigures, VmName};
 
 /// Figures of the host that are not in its struct of numbers.
@@ -36,6 +43,54 @@ const OTHER_FIGURES: [&str; 2] = ["state", "general_profit"];
 pub fn run(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Command::Status { watch, count } => status(cli, *watch, *count),
+        Command::Top { interval, count } if cli.json => status(cli, Some(*interval), *count),
+        Command::Top { interval, count } => live::top(cli, *interval, *count),
+        Command::Estimate { vms, sample } => estimate(cli, vms, *sample),
+        Command::Record {
+            file,
+            interval,
+            time,
+        } => record(cli, file, *interval, *time),
+        Command::Replay {
+            file,
+            config,
+            policy,
+        } => {
+            let config = Config::load(&config_path(cli, config.as_deref()))?;
+            let trace = trace::load(file).map_err(anyhow::Error::msg)?;
+            let replay = trace::replay(&config, *policy, &trace);
+            if cli.json {
+                output::print_json(&replay, false)
+            } else {
+                output::print(&trace::render(&replay, output::width()))
+            }
+        }
+        Command::Metrics => {
+            let status = Status::read(&Dir::open(&cli.root)?)?;
+            let memory = meminfo::read(&cli.root).ok();
+            let report = daemon_report(cli);
+            let text = expose(&status.host, memory, &status.vms, report.as_ref());
+            if cli.json {
+                output::print_json(&serde_json::json!({ "openmetrics": text }), false)
+            } else {
+                output::print(&text)
+            }
+        }
+        Command::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "thinramctl", &mut text);
+            output::print(&String::from_utf8(text)?)
+        }
+        Command::Man { dir: None } => {
+            let mut text = Vec::new();
+            clap_mangen::Man::new(Cli::command()).render(&mut text)?;
+            output::print(&String::from_utf8(text)?)
+        }
+        Command::Man { dir: Some(dir) } => {
+            let made = std::fs::create_dir_all(dir);
+            made.and_then(|()| clap_mangen::generate_to(Cli::command(), dir))
+                .with_context(|| format!("cannot write manual pages to {}", dir.display()))
+        }
         Command::Get { name } => get(cli, &Target::host(cli)?, name),
         Command::Set { name, value } => set(cli, None, name, value),
         Command::Check { config } => check(cli, config.as_deref()),
@@ -85,6 +140,7 @@ fn status(cli: &Cli, watch: Option<Duration>, count: Option<u64>) -> anyhow::Res
                 None => BTreeMap::new(),
             },
             daemon: daemon_report(cli),
+            estimate: Estimate::load(&cli.root),
             status,
         };
         if cli.json {
@@ -120,6 +176,73 @@ fn guest_report(cli: &Cli, name: &VmName) -> Option<Value> {
         .iter()
         .find(|guest| guest["module_name"].as_str() == Some(&shown));
     found.cloned()
+}
+
+fn record(
+    cli: &Cli,
+    path: &Path,
+    interval: Duration,
+    time: Option<Duration>,
+) -> anyhow::Result<()> {
+    // Without a daemon no file is made.
+    let mut snapshot = api::ask(&cli.root, &Request::Snapshot)?;
+    let end = time.map(|time| Instant::now() + time);
+    let mut file = match path {
+        path if path == Path::new("-") => None,
+        path => Some(
+            File::create_new(path).with_context(|| format!("cannot make {}", path.display()))?,
+        ),
+    };
+    loop {
+        let line = serde_json::to_string(&snapshot)? + "\n";
+        match &mut file {
+            None => output::print(&line)?,
+            Some(file) => file
+                .write_all(line.as_bytes())
+                .with_context(|| format!("cannot write {}", path.display()))?,
+        }
+        let next = Instant::now() + interval;
+        if end.is_some_and(|end| next > end) {
+            return Ok(());
+        }
+        thread::sleep(interval);
+        snapshot = api::ask(&cli.root, &Request::Snapshot)?;
+    }
+}
+
+fn estimate(cli: &Cli, wanted: &[OsString], sample: f64) -> anyhow::Result<()> {
+    let vms = Dir::open(&cli.root)?.child("vms");
+    let names: Vec<VmName> = wanted
+        .iter()
+        .map(|name| find_vm(&vms, name))
+        .collect::<anyhow::Result<_>>()?;
+    let mut all = Vm::read_all(&vms)?;
+    let memory = Memory::find(&cli.root, &all).map_err(anyhow::Error::msg)?;
+    all.retain(|vm| names.is_empty() || names.contains(&vm.name));
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let now = now.unwrap_or_default();
+    let one_in_65536 = (sample * 65536.0).round().max(1.0) as u32;
+    let mut pages = Collector::new(f64::from(one_in_65536) / 65536.0);
+    let seed = u64::from(now.subsec_nanos());
+    for vm in &all {
+        let found = read_vm(&memory, vm, one_in_65536, seed, &mut pages);
+        if !found.map_err(anyhow::Error::msg)? {
+            output::complain(&format!(
+                "thinramctl: no memory of {} was found: nothing maps it and no mount has its files",
+                vm.name.shown()
+            ))?;
+        }
+    }
+    let result = pages.finish(now.as_secs());
+    if names.is_empty() {
+        // `status` does without it where it cannot be kept.
+        let _ = result.save(&cli.root);
+    }
+    if cli.json {
+        output::print_json(&result, false)
+    } else {
+        output::print(&result.render(output::width()))
+    }
 }
 
 fn list(cli: &Cli) -> anyhow::Result<()> {

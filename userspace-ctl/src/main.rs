@@ -4,6 +4,7 @@
 
 mod commands;
 mod drive;
+mod live;
 mod output;
 
 use clap::Parser;

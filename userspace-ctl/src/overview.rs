@@ -3,14 +3,17 @@
 //! What `status` shows: the module's view of host and VMs, the daemon's view of the guests where one
 //! runs, and how often things happen.
 
+use crate::estimate::Estimate;
 use crate::guests::{render_guests, render_rates, RateRow};
 use crate::rates::{PerSecond, Rates};
 use crate::status::Status;
 use crate::text::wrap;
+use crate::units::long_kb;
 use crate::vm::{Vm, VmName};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::time::SystemTime;
 
 /// Everything at one time.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -21,6 +24,9 @@ pub struct Overview {
     /// The daemon's report, as it came; `None` where none runs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub daemon: Option<Value>,
+    /// What sharing would save, as it was last estimated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub estimate: Option<Estimate>,
     /// Rates by VM, where two looks were taken.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub rates: BTreeMap<String, PerSecond>,
@@ -51,6 +57,12 @@ impl Overview {
     /// The whole screen, no line wider than `width`.
     pub fn render(&self, width: usize) -> String {
         let mut out = self.status.render(width);
+        let opening = self.opening();
+        let lines = wrap(&opening, 2, width);
+        for line in lines.iter().filter(|_| !opening.is_empty()) {
+            out.push_str(line);
+            out.push('\n');
+        }
         let rates = self.rate_rows();
         if !rates.is_empty() {
             out.push('\n');
@@ -66,6 +78,42 @@ impl Overview {
             }
         }
         out
+    }
+
+    /// What opening the domains of VMs that share with themselves only would save.
+    fn opening(&self) -> String {
+        let alone: Vec<String> = self
+            .status
+            .vms
+            .iter()
+            .filter(|vm| vm.is_alone())
+            .map(|vm| vm.name.shown())
+            .collect();
+        if alone.is_empty() {
+            return String::new();
+        }
+        let Some(estimate) = &self.estimate else {
+            return "thinramctl estimate says what that would save.".to_owned();
+        };
+        let known: Vec<String> = alone
+            .iter()
+            .filter_map(|name| Some(format!("{} in {name}", long_kb(estimate.opening_kb(name)?))))
+            .take(5)
+            .collect();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let age_s = now.map_or(0, |now| now.as_secs().saturating_sub(estimate.at_s));
+        let age = match age_s {
+            0..120 => format!("{age_s} s"),
+            120..7200 => format!("{} min", age_s / 60),
+            _ => format!("{} h", age_s / 3600),
+        };
+        match known.as_slice() {
+            [] => "thinramctl estimate says what that would save.".to_owned(),
+            known => format!(
+                "One domain with all others would save {} (estimate of {age} ago).",
+                known.join(", ")
+            ),
+        }
     }
 
     fn rate_rows(&self) -> Vec<RateRow> {
@@ -111,6 +159,7 @@ mod tests {
                 vms: vec![vm("a", 10)],
             },
             daemon,
+            estimate: None,
             rates,
         };
         let shown = overview(rates, None).render(80);

@@ -224,7 +224,7 @@ impl Status {
         let alone: Vec<String> = self
             .vms
             .iter()
-            .filter(|vm| vm.knobs.contains_key("domain") && vm.domain().is_none())
+            .filter(|vm| vm.is_alone())
             .map(|vm| vm.name.shown())
             .collect();
         let mut notes = Vec::new();

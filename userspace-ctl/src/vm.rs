@@ -192,6 +192,11 @@ impl Vm {
         (!own).then_some(domain)
     }
 
+    /// Whether it shares with nobody but itself, though the module has domains.
+    pub fn is_alone(&self) -> bool {
+        self.knobs.contains_key("domain") && self.domain().is_none()
+    }
+
     /// Adds the states up; `None` where the size is not known.
     pub fn sum_check(&self) -> Option<SumCheck> {
         let size_kb = self.figures.size_kb?;

@@ -8,6 +8,7 @@
 
 pub mod api;
 mod find;
+mod http;
 mod link;
 pub mod meminfo;
 mod report;
@@ -19,6 +20,7 @@ pub use find::{module_name, qmp_of_command_line};
 use crate::config::{Config, VmConfig};
 use crate::control::{Controller, HostState, Observation, Order, Safety, Seen};
 use crate::host::Host;
+use crate::metrics::expose;
 use crate::policy::Asked;
 use crate::rates::Rates;
 use crate::runtime::{self, Runtime};
@@ -27,6 +29,7 @@ use crate::sysfs::Dir;
 use crate::text::escape;
 use crate::units::{exact_kb, long_kb};
 use crate::vm::{Vm, VmName};
+use http::Http;
 use link::Link;
 use sd_notify::NotifyState;
 use std::collections::BTreeMap;
@@ -116,6 +119,9 @@ struct Daemon {
     /// How often things happen to a VM, by its name in the module.
     rates: BTreeMap<OsString, Rates>,
     latest: Option<Latest>,
+    /// Who tells our metrics, and why nobody does.
+    http: Option<Http>,
+    http_error: Option<String>,
 }
 
 /// What the last look saw.
@@ -164,6 +170,8 @@ pub fn run(options: Options) -> Result<(), DaemonError> {
         troubles: BTreeMap::new(),
         rates: BTreeMap::new(),
         latest: None,
+        http: None,
+        http_error: None,
         options,
         config: file.clone(),
         file,
@@ -317,8 +325,46 @@ impl Daemon {
             seen: seen.clone(),
             ..latest
         });
+        self.tell_metrics(&module);
         for order in self.controller.tick(&self.config, &seen, &self.asked) {
             self.carry_out(&order);
+        }
+    }
+
+    /// Starts, ends or feeds the server of metrics, as it is configured.
+    fn tell_metrics(&mut self, module: &Host) {
+        let Some(port) = self.config.host.metrics_port else {
+            self.http = None;
+            return;
+        };
+        if self.http.as_ref().is_none_or(|http| http.port() != port) {
+            self.http = None;
+            match Http::start(port) {
+                Ok(http) => {
+                    say(
+                        Level::Info,
+                        &format!("metrics on http://127.0.0.1:{port}/metrics"),
+                    );
+                    self.http_error = None;
+                    self.http = Some(http);
+                }
+                Err(error) => {
+                    let error = format!("no metrics: cannot listen on 127.0.0.1:{port}: {error}");
+                    if self.http_error.as_ref() != Some(&error) {
+                        say(Level::Error, &error);
+                        self.http_error = Some(error);
+                    }
+                }
+            }
+        }
+        if let (Some(http), Some(latest)) = (&self.http, &self.latest) {
+            let report = serde_json::to_value(self.report()).ok();
+            http.put(expose(
+                module,
+                Some(latest.host),
+                &latest.vms,
+                report.as_ref(),
+            ));
         }
     }
 

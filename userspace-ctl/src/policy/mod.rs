@@ -34,6 +34,15 @@ pub enum PolicyKind {
 }
 
 impl PolicyKind {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Proportional,
+        Self::Pressure,
+        Self::Entitlement,
+        Self::Shares,
+        Self::Manual,
+    ];
+
     /// As it is written in the configuration.
     pub fn name(self) -> &'static str {
         match self {

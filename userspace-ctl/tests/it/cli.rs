@@ -7,7 +7,7 @@ use assert_cmd::Command;
 use serde_json::{json, Value};
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -645,31 +645,34 @@ fn a_full_disk_is_an_error() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("cannot write the output"));
 }
 
-#[test]
-fn width_is_the_terminals() {
+/// A terminal of that size: its two ends.
+fn terminal(columns: u16) -> (fs::File, fs::File) {
     use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
     use rustix::termios::{tcsetwinsize, Winsize};
+    let pty = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&pty).unwrap();
+    unlockpt(&pty).unwrap();
+    let name = ptsname(&pty, Vec::new()).unwrap();
+    let tty = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(name.to_str().unwrap())
+        .unwrap();
+    let size = Winsize {
+        ws_row: 24,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(&tty, size).unwrap();
+    (fs::File::from(pty), tty)
+}
+
+#[test]
+fn width_is_the_terminals() {
     let tree = Tree::full();
     let shown = |columns: u16| {
-        let pty = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-        grantpt(&pty).unwrap();
-        unlockpt(&pty).unwrap();
-        let name = ptsname(&pty, Vec::new()).unwrap();
-        let tty = fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(name.to_str().unwrap())
-            .unwrap();
-        tcsetwinsize(
-            &tty,
-            Winsize {
-                ws_row: 24,
-                ws_col: columns,
-                ws_xpixel: 0,
-                ws_ypixel: 0,
-            },
-        )
-        .unwrap();
+        let (mut pty, tty) = terminal(columns);
         let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_thinramctl"))
             .env("COLUMNS", "33")
             .arg("--root")
@@ -680,7 +683,7 @@ fn width_is_the_terminals() {
             .unwrap();
         let mut text = Vec::new();
         // The last end of the terminal is closed: reading ends with EIO.
-        let _ = fs::File::from(pty).read_to_end(&mut text);
+        let _ = pty.read_to_end(&mut text);
         assert!(child.wait().unwrap().success());
         String::from_utf8(text).unwrap().replace("\r\n", "\n")
     };
@@ -690,4 +693,82 @@ fn width_is_the_terminals() {
     assert!((81..=120).contains(&widest(&wide)), "{wide}");
     assert!((34..=60).contains(&widest(&shown(60))));
     assert!(widest(&shown(0)) <= 33);
+}
+
+#[test]
+fn top_on_a_terminal_and_without() {
+    let tree = Tree::full();
+    let shown = ok(&tree, &["top", "--count", "2", "--interval", "0.1"]);
+    assert_eq!(shown.lines().count(), 48, "{shown}");
+    assert!(
+        shown.lines().all(|line| line.chars().count() <= 80),
+        "{shown}"
+    );
+    assert!(
+        shown.contains("a-database-…") && shown.contains("no daemon"),
+        "{shown}"
+    );
+    let json = ok(
+        &tree,
+        &["top", "--json", "--count", "2", "--interval", "0.1"],
+    );
+    let second: Value = serde_json::from_str(json.lines().nth(1).unwrap()).unwrap();
+    assert_eq!(second["rates"]["web1"]["faults"], 0.0);
+    assert_eq!(second["rates"]["web1"]["stall_us"], 0.0);
+    let complaint = fails(&Tree::bare(), 1, &["top", "--count", "1"]);
+    assert!(complaint.contains("is the module loaded?"), "{complaint}");
+
+    let (mut pty, tty) = terminal(80);
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_thinramctl"))
+        .arg("--root")
+        .arg(tree.root())
+        .args(["top", "--interval", "60"])
+        .stdin(tty.try_clone().unwrap())
+        .stdout(tty)
+        .spawn()
+        .unwrap();
+    pty.write_all(b"nRq").unwrap();
+    let mut bytes = Vec::new();
+    let _ = pty.read_to_end(&mut bytes);
+    assert!(child.wait().unwrap().success());
+    let screen = String::from_utf8_lossy(&bytes);
+    assert!(
+        screen.contains("web2") && screen.contains("quit"),
+        "{screen}"
+    );
+    // The terminal is as it was: the other screen is left, the cursor shown.
+    assert!(
+        screen.contains("\x1b[?1049l") && screen.contains("\x1b[?25h"),
+        "{screen:?}"
+    );
+}
+
+#[test]
+fn completions_and_manual_pages() {
+    let tree = Tree::bare();
+    for shell in ["bash", "zsh", "fish"] {
+        let text = ok(&tree, &["completions", shell]);
+        assert!(
+            text.contains("thinramctl") && text.contains("estimate"),
+            "{shell}"
+        );
+    }
+    fails(&tree, 2, &["completions", "dos"]);
+    assert!(ok(&tree, &["man"]).contains(".TH thinramctl"));
+    let dir = tree.root().join("man");
+    ok(&tree, &["man", "--dir", dir.to_str().unwrap()]);
+    for page in ["thinramctl.1", "thinramctl-admit.1", "thinramctl-vm-add.1"] {
+        assert!(dir.join(page).exists(), "{page}");
+    }
+    let page = fs::read_to_string(dir.join("thinramctl-set.1")).unwrap();
+    assert!(
+        page.contains("scan\\_period\\_secs") || page.contains("scan_period_secs"),
+        "{page}"
+    );
+    let file = dir.join("thinramctl.1");
+    let complaint = fails(&tree, 1, &["man", "--dir", file.to_str().unwrap()]);
+    assert!(
+        complaint.contains("cannot write manual pages"),
+        "{complaint}"
+    );
 }

@@ -4,6 +4,7 @@
 
 mod cli;
 mod daemon;
+mod estimate;
 mod plan;
 mod qemu;
 mod race;

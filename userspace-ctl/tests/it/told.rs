@@ -269,3 +269,59 @@ fn admission_without_a_daemon_and_by_risk() {
         "{complaint}"
     );
 }
+
+#[test]
+fn recorded_replayed_and_told_as_metrics() {
+    let mut world = World::new(4096 * M);
+    let a = world.guest("a", 1024 * M, 64 * M);
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let (code, _, complaint) = world.ctl(&["record", "-"]);
+    assert!(
+        code == Some(1) && complaint.contains("the daemon does not run"),
+        "{complaint}"
+    );
+    world.config(&CONFIG.replace("slush", &format!("metrics_port = {port}\nslush")));
+    let daemon = world.daemon(&[], None);
+    world.run_until("a shrinks", |_| size(&a) == 512 * M);
+
+    let trace = world.tree.root().join("trace");
+    let trace = trace.to_str().unwrap();
+    let record = ["record", trace, "--interval", "0.2", "--for", "1s"];
+    assert_eq!(world.ctl(&record).0, Some(0));
+    let (code, _, complaint) = world.ctl(&record);
+    assert!(
+        code == Some(1) && complaint.contains("cannot make"),
+        "{complaint}"
+    );
+    let (code, out, _) = world.ctl(&["replay", trace, "--policy", "proportional", "--json"]);
+    let replay: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(code, Some(0));
+    assert!(replay["steps"].as_array().unwrap().len() >= 3);
+    // Alone on the host it would get all that it may have.
+    assert_eq!(replay["vms"][0]["mean_kb"], 2048 * M);
+    let (_, shown, _) = world.ctl(&["replay", trace]);
+    assert!(shown.contains("512M"), "{shown}");
+    assert_eq!(world.ctl(&["replay", trace, "--policy", "fair"]).0, Some(2));
+    assert_eq!(world.ctl(&["replay", "/nowhere"]).0, Some(1));
+
+    let (_, text, _) = world.ctl(&["metrics"]);
+    assert!(
+        text.contains("thinram_guest_current_bytes{vm=\"a\"} 536870912"),
+        "{text}"
+    );
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    std::io::Write::write_all(&mut stream, b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut told = String::new();
+    std::io::Read::read_to_string(&mut stream, &mut told).unwrap();
+    assert!(
+        told.contains("thinram_guest_current_bytes{vm=\"a\"} 536870912"),
+        "{told}"
+    );
+    world.config(CONFIG);
+    daemon.signal(rustix::process::Signal::HUP);
+    world.run_until("no port any more", |_| {
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_err()
+    });
+}
