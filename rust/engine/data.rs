@@ -72,6 +72,9 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
         if make_private(backing, &mut guard, index, &mut spare)? {
             guard.may_change(index);
             let frame = guard.page(index).map(|page| page.get()).ok_or(EIO)?;
+            if frame.as_ref().is_poisoned() {
+                return Err(EIO);
+            }
             return Ok(frame);
         }
     }
@@ -175,6 +178,10 @@ pub(crate) fn zero_bytes(backing: &Backing, page: u64, from: u64, to: u64) -> Re
         region.peek(Backing::index(page)).state(),
         State::Empty | State::Zero
     ) {
+        return Ok(());
+    }
+    if readable(backing, page).is_err() {
+        // Broken memory: whoever reads it gets an error, whatever it holds.
         return Ok(());
     }
     let frame = writable(backing, page)?;

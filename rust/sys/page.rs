@@ -97,7 +97,7 @@ impl Frame {
         }
     }
 
-    /// Copies the whole content of `from`.
+    /// Copies the whole content of `from`; memory that is marked as broken is not touched.
     pub(crate) fn copy_from(&mut self, from: PageRef<'_>) -> Result<(), PoisonedMemory> {
         copy_page(self.0, from)
     }
@@ -120,11 +120,15 @@ impl Drop for Frame {
     }
 }
 
-/// The memory controller reported an uncorrectable error while the page was read.
+/// The page is marked as broken, or the memory controller reported an uncorrectable error while it
+/// was read.
 #[derive(Debug)]
 pub(crate) struct PoisonedMemory;
 
 fn copy_page(to: NonNull<bindings::page>, from: PageRef<'_>) -> Result<(), PoisonedMemory> {
+    if from.is_poisoned() {
+        return Err(PoisonedMemory);
+    }
     // SAFETY: Both pages are in the direct map, PAGE_SIZE long and distinct: `to` is a frame that
     // the caller owns alone.
     let left = unsafe {
