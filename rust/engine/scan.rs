@@ -81,6 +81,8 @@ struct Walk {
     index: usize,
     /// A frame for the next new shared page.
     spare: Option<Frame>,
+    /// The node that it was asked for: with `merge_across_nodes` 0, that of the next page.
+    spare_node: i32,
     /// End of the pages that were considered for protection.
     window: usize,
     /// The scope of the last visit, with its seed and the hash of a zero page.
@@ -108,6 +110,7 @@ impl Walk {
             index: 0,
             window: 0,
             spare: None,
+            spare_node: ANY_NODE,
             known: None,
             dirty: true,
             found: false,
@@ -218,7 +221,7 @@ impl Walk {
                 break;
             }
             if self.spare.is_none() {
-                self.spare = Frame::alloc(Purpose::Shared, -1);
+                self.spare = Frame::alloc(Purpose::Shared, self.spare_node);
             }
             let mut guard = region.lock();
             if guard.is_retired() {
@@ -230,6 +233,9 @@ impl Walk {
             while self.index < end.min(self.window) {
                 let slot = guard.slot(self.index);
                 if needs_look(slot, visit.pass, self.index) {
+                    if !self.has_spare_for(&guard, visit) {
+                        break;
+                    }
                     if slot.state() == State::Private {
                         scanned += 1;
                     }
@@ -263,6 +269,21 @@ impl Walk {
             self.next_region();
         }
         looked
+    }
+
+    /// Whether the spare frame was asked for where a merge of the next page needs it; drops it if not.
+    fn has_spare_for(&mut self, guard: &RegionGuard<'_>, visit: &Visit) -> bool {
+        let node = match guard.page(self.index) {
+            _ if visit.rules.across_nodes => ANY_NODE,
+            Some(page) => page.node(),
+            None => return true,
+        };
+        if self.spare_node == node {
+            return true;
+        }
+        self.spare_node = node;
+        self.spare = None;
+        false
     }
 
     /// Write-protects the next window of pages, once a pass, when they were mostly unchanged lately.
@@ -368,6 +389,9 @@ impl Walk {
         }
     }
 }
+
+/// No node in particular.
+const ANY_NODE: i32 = -1;
 
 /// An unchanged page is hashed again every so many passes.
 const RECHECK: u64 = 64;
