@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use clap::ValueEnum;
 use nix::errno::Errno;
-use nix::mount::{mount, umount, MsFlags};
+use nix::mount::{mount, umount, umount2, MntFlags, MsFlags};
 
 use crate::check::{self, skip};
 use crate::content;
@@ -244,6 +244,13 @@ impl Mount<'_> {
     /// Takes it down now.
     pub fn unmount(&mut self) -> nix::Result<()> {
         umount(&self.path)?;
+        self.mounted = false;
+        Ok(())
+    }
+
+    /// Takes it out of the tree though it is in use (`umount -l`).
+    pub fn detach(&mut self) -> nix::Result<()> {
+        umount2(&self.path, MntFlags::MNT_DETACH)?;
         self.mounted = false;
         Ok(())
     }

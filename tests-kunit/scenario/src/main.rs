@@ -2,17 +2,21 @@
 
 //! Scenario, torture and fuzz tests of a mounted ThinRAM, run as root inside a test machine.
 
+mod cgroup;
 mod check;
 mod content;
 mod contention;
 mod controls;
 mod ctx;
 mod data;
+mod edges;
 mod fuzz;
 mod harness;
+mod host;
 mod mapping;
 mod mounts;
 mod names;
+mod nodes;
 mod prove;
 mod selftest;
 mod sharing;
@@ -147,11 +151,15 @@ fn cases() -> impl Iterator<Item = &'static Case> {
     [
         names::CASES,
         data::CASES,
+        edges::CASES,
         mounts::CASES,
         mapping::CASES,
+        host::CASES,
         sharing::CASES,
         controls::CASES,
         contention::CASES,
+        nodes::CASES,
+        cgroup::CASES,
         fuzz::CASES,
         torture::CASES,
     ]

@@ -2,6 +2,8 @@
 
 //! System calls that no crate wraps, and shared mappings: the only home of `unsafe` here.
 
+pub mod numa;
+
 use std::ffi::{c_int, c_void, CString};
 use std::fs::File;
 use std::io;
@@ -495,26 +497,6 @@ pub fn futex_wake(map: &Map, word: usize, private: bool) -> nix::Result<i64> {
     let at: *const AtomicU64 = &map.words()[word];
     // SAFETY: the address lies in the mapping; a wake changes no memory.
     Errno::result(unsafe { libc::syscall(libc::SYS_futex, at, libc::FUTEX_WAKE | flag, 1) })
-}
-
-/// Binds a mapping to NUMA node 0 the way QEMU does.
-pub fn bind_to_node_0(map: &Map) -> nix::Result<()> {
-    const MPOL_BIND: c_int = 2;
-    const MPOL_MF_STRICT_MOVE: c_int = 1 | 2;
-    let nodes = 1u64;
-    // SAFETY: the node mask has as many bits as the call says.
-    Errno::result(unsafe {
-        libc::syscall(
-            libc::SYS_mbind,
-            map.addr,
-            map.len,
-            MPOL_BIND,
-            &nodes,
-            64,
-            MPOL_MF_STRICT_MOVE,
-        )
-    })
-    .map(drop)
 }
 
 /// A userfaultfd that is ready for `UFFDIO_REGISTER`.
