@@ -218,6 +218,10 @@ fn offline(ctx: &Ctx) -> Result<()> {
     let size = u64::from_str_radix(size.trim(), 16)?;
     let mount = ctx.mount("m", "size=16M")?;
     let guest = mount.guest("web", 64)?;
+    // The first block has holes, which is another reason to refuse it.
+    let nodes = sys::numa::several_nodes()?;
+    let last = nodes.last().copied().unwrap_or(0);
+    sys::numa::bind(&guest.map, last, sys::numa::STRICT | sys::numa::MOVE)?;
     guest.fill(0, 64, 1);
     let frame = sys::frames(&guest.map)?[0].context("page 0 is not mapped")?;
     let block = blocks.join(format!("memory{}", frame * PAGE as u64 / size));
