@@ -114,6 +114,71 @@ void thinram_page_set_note(struct page *page, unsigned long value)
 	page_folio(page)->index = value;
 }
 
+/* 2 MiB pages. */
+#ifdef CONFIG_TRANSPARENT_HUGEPAGE
+static const gfp_t thinram_gfp_huge = GFP_HIGHUSER | __GFP_ACCOUNT | __GFP_ZERO | __GFP_NORETRY |
+				      __GFP_NOMEMALLOC | __GFP_NOWARN;
+
+struct page *thinram_huge_alloc(int nid)
+{
+	struct folio *folio = __folio_alloc_node(thinram_gfp_huge,
+						 HPAGE_PMD_ORDER,
+						 nid < 0 ? numa_mem_id() : nid);
+
+	return folio ? &folio->page : NULL;
+}
+
+struct page *thinram_huge_alloc_vma(struct vm_fault *vmf)
+{
+	struct folio *folio = vma_alloc_folio(thinram_gfp_huge, HPAGE_PMD_ORDER, vmf->vma,
+					      vmf->address & HPAGE_PMD_MASK);
+
+	return folio ? &folio->page : NULL;
+}
+
+bool thinram_huge_fits(struct vm_fault *vmf)
+{
+	return thp_vma_suitable_order(vmf->vma, vmf->address, HPAGE_PMD_ORDER);
+}
+
+int thinram_huge_middle(struct vm_fault *vmf)
+{
+	pmd_t pmd = pmdp_get_lockless(vmf->pmd);
+
+	return pmd_none(pmd) ? 0 : pmd_trans_huge(pmd) ? 1 : 2;
+}
+
+vm_fault_t thinram_huge_insert(struct vm_fault *vmf, struct page *page, bool write)
+{
+	return vmf_insert_folio_pmd(vmf, page_folio(page), write);
+}
+#else
+struct page *thinram_huge_alloc(int nid)
+{
+	return NULL;
+}
+
+struct page *thinram_huge_alloc_vma(struct vm_fault *vmf)
+{
+	return NULL;
+}
+
+bool thinram_huge_fits(struct vm_fault *vmf)
+{
+	return false;
+}
+
+int thinram_huge_middle(struct vm_fault *vmf)
+{
+	return 2;
+}
+
+vm_fault_t thinram_huge_insert(struct vm_fault *vmf, struct page *page, bool write)
+{
+	return VM_FAULT_FALLBACK;
+}
+#endif
+
 /* Tasks and time. */
 bool thinram_fatal_signal_pending(void)
 {
@@ -159,6 +224,7 @@ static const struct vm_operations_struct thinram_vm_ops = {
 	.close		= thinram_rs_close,
 	.mapped		= thinram_rs_mapped,
 	.fault		= thinram_rs_fault,
+	.huge_fault	= thinram_rs_huge_fault,
 	.map_pages	= thinram_map_pages,
 	.page_mkwrite	= thinram_rs_page_mkwrite,
 };
@@ -211,6 +277,7 @@ static const struct file_operations thinram_file_ops = {
 	.write_iter	= thinram_rs_write_iter,
 	.fallocate	= thinram_rs_fallocate,
 	.mmap_prepare	= thinram_rs_mmap_prepare,
+	.get_unmapped_area = thp_get_unmapped_area,
 	.fsync		= noop_fsync,
 	.splice_read	= copy_splice_read,
 	.splice_write	= iter_file_splice_write,
@@ -293,7 +360,8 @@ void thinram_sb_setup(struct super_block *sb)
 }
 
 /* The order is that of `Opt` in rust/glue/mount.rs. */
-enum { OPT_SIZE, OPT_MODE, OPT_UID, OPT_GID, OPT_DOMAIN, OPT_SHARE, OPT_SCAN_PAGES };
+enum { OPT_SIZE, OPT_MODE, OPT_UID, OPT_GID, OPT_DOMAIN, OPT_SHARE, OPT_SCAN_PAGES,
+       OPT_LARGE_PAGES };
 
 static const struct fs_parameter_spec thinram_parameters[] = {
 	fsparam_string("size", OPT_SIZE),
@@ -303,6 +371,7 @@ static const struct fs_parameter_spec thinram_parameters[] = {
 	fsparam_string("domain", OPT_DOMAIN),
 	fsparam_bool("share", OPT_SHARE),
 	fsparam_u64("scan_pages_per_sec", OPT_SCAN_PAGES),
+	fsparam_string("large_pages", OPT_LARGE_PAGES),
 	{}
 };
 

@@ -40,6 +40,14 @@ void thinram_page_set_private(struct page *page, unsigned long value);
 unsigned long thinram_page_note(const struct page *page);
 void thinram_page_set_note(struct page *page, unsigned long value);
 
+/* C for Rust: 2 MiB pages. Kernels without them answer NULL, false and VM_FAULT_FALLBACK. */
+struct page *thinram_huge_alloc(int nid);
+struct page *thinram_huge_alloc_vma(struct vm_fault *vmf);
+bool thinram_huge_fits(struct vm_fault *vmf);
+/* 0 nothing, 1 a 2 MiB page, 2 a table */
+int thinram_huge_middle(struct vm_fault *vmf);
+vm_fault_t thinram_huge_insert(struct vm_fault *vmf, struct page *page, bool write);
+
 /* C for Rust: the rest */
 bool thinram_fatal_signal_pending(void);
 void thinram_cond_resched(void);
@@ -118,6 +126,7 @@ int thinram_rs_mmap_prepare(struct vm_area_desc *desc);
 
 /* Rust for C: rust/glue/vm_ops.rs */
 vm_fault_t thinram_rs_fault(struct vm_fault *vmf);
+vm_fault_t thinram_rs_huge_fault(struct vm_fault *vmf, unsigned int order);
 vm_fault_t thinram_rs_page_mkwrite(struct vm_fault *vmf);
 void thinram_rs_open(struct vm_area_struct *vma);
 void thinram_rs_close(struct vm_area_struct *vma);

@@ -138,8 +138,13 @@ impl Backing {
 
     /// Gives pages `from..to` back.
     pub(crate) fn punch(&self, from: u64, to: u64) {
+        let cut = from >= self.pages();
         self.each_region(from, to, &mut |guard, first, end| {
             guard.zap_punched(first, end.saturating_sub(first));
+            if guard.huge().is_some() {
+                drop(guard.punch_huge(first, end, cut));
+                return;
+            }
             for index in first..end {
                 if guard.slot(index).state() != State::Empty {
                     self.host.release(guard.set(index, Content::Empty, 0));
@@ -170,10 +175,12 @@ impl Backing {
                     } else {
                         SLOTS
                     };
-                    // Bounded steps, so that no fault waits for the whole region.
+                    // Bounded steps, so that no fault waits for the whole region; a folio goes only
+                    // as a whole.
+                    let pages = if region.looks_huge() { SLOTS } else { STEP };
                     let mut step = first;
                     while step < end {
-                        let step_end = step.saturating_add(STEP).min(end);
+                        let step_end = step.saturating_add(pages).min(end);
                         f(&mut region.lock(), step, step_end);
                         step = step_end;
                     }

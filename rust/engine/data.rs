@@ -7,13 +7,14 @@
 
 use super::{
     backing::{Backing, PAGE},
-    region::RegionGuard,
+    huge,
+    region::{Region, RegionGuard},
 };
 use crate::{
-    logic::slot::State,
+    logic::{huge::HugeWord, slot::State},
     sys::{
-        page::{Frame, Purpose},
-        slots::Content,
+        page::{Frame, PageRef, Purpose},
+        slots::{Content, SLOTS},
         task,
     },
 };
@@ -37,7 +38,7 @@ pub(crate) fn readable(backing: &Backing, page: u64) -> Result<Readable> {
     let slot = guard.slot(index);
     let frame = match slot.state() {
         State::Empty | State::Zero => return Ok(Readable::Zeroes),
-        State::Private => guard.page(index).map(|page| page.get()),
+        State::Private | State::Huge => guard.own_page(index).map(|page| page.get()),
         State::Shared => backing.host().index().frame(slot.record()),
     };
     match frame {
@@ -57,7 +58,7 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
     loop {
         let state = region.peek(index).state();
         let wants_zeroed = matches!(state, State::Empty | State::Zero);
-        if state != State::Private && spare.is_none() {
+        if !matches!(state, State::Private | State::Huge) && spare.is_none() {
             let purpose = if wants_zeroed {
                 Purpose::GuestZeroed
             } else {
@@ -71,7 +72,7 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
         }
         if make_private(backing, &mut guard, index, &mut spare)? {
             guard.may_change(index);
-            let frame = guard.page(index).map(|page| page.get()).ok_or(EIO)?;
+            let frame = guard.own_page(index).map(|page| page.get()).ok_or(EIO)?;
             if frame.as_ref().is_poisoned() {
                 return Err(EIO);
             }
@@ -91,6 +92,14 @@ fn make_private(
     let slot = guard.slot(index);
     match slot.state() {
         State::Private => Ok(true),
+        State::Huge => {
+            guard.note(index, HugeWord::NEW.slot());
+            Ok(true)
+        }
+        State::Empty if guard.huge().is_some() => {
+            guard.revive(index);
+            Ok(true)
+        }
         State::Empty | State::Zero => {
             let Some((mut frame, zeroed)) = spare.take() else {
                 return Ok(false);
@@ -125,10 +134,18 @@ fn make_private(
 
 /// Allocates memory for every Empty page of `from..to`. On failure what was allocated stays.
 pub(crate) fn preallocate(backing: &Backing, from: u64, to: u64) -> Result {
-    for page in from..to {
+    let mut next = from;
+    while next < to {
         if task::fatal_signal_pending() {
             return Err(EINTR);
         }
+        let page = next;
+        if huge::preallocate(backing, page, to)? {
+            next = next.saturating_add(SLOTS as u64);
+            task::cond_resched();
+            continue;
+        }
+        next = next.saturating_add(1);
         let region = backing.region_or_new(page)?;
         let index = Backing::index(page);
         if region.peek(index).state() != State::Empty {
@@ -202,12 +219,23 @@ pub(crate) fn seek(backing: &Backing, page: u64, end: u64, data: bool) -> Option
             page = backing.next_region_at(page, end);
             continue;
         };
-        if (region.peek(Backing::index(page)).state() != State::Empty) == data {
+        if holds_data(&region, Backing::index(page)) == data {
             return Some(page);
         }
         page = page.saturating_add(1);
     }
     None
+}
+
+/// Whether a page is no hole. A hole in a folio may have been written to again, as a part of it.
+fn holds_data(region: &Region, index: usize) -> bool {
+    let slot = region.peek(index);
+    if !HugeWord::from_slot(slot).is_some_and(HugeWord::is_hole) {
+        return slot.state() != State::Empty;
+    }
+    let guard = region.lock();
+    let is_zero = |page: PageRef<'_>| !page.is_poisoned() && page.is_zero();
+    guard.slot(index).state() != State::Empty && !guard.own_page(index).is_some_and(is_zero)
 }
 
 /// Pages of the file that are not Empty, for st_blocks.
@@ -219,11 +247,11 @@ pub(crate) fn allocated_pages(backing: &Backing) -> u64 {
         match backing.region(page) {
             None => page = backing.next_region_at(page, end),
             Some(region) => {
-                let held = (0..crate::sys::slots::SLOTS)
+                let held = (0..SLOTS)
                     .filter(|&index| region.peek(index).state() != State::Empty)
                     .count();
                 pages = pages.saturating_add(held as u64);
-                page = page.saturating_add(crate::sys::slots::SLOTS as u64);
+                page = page.saturating_add(SLOTS as u64);
             }
         }
     }

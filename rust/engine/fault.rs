@@ -11,6 +11,7 @@
 //! | Zero    | a zero frame, read-only           | a zeroed frame (a copy on write)        |
 //! | Private | its frame, writable at once [^1]  | its frame, writable                     |
 //! | Shared  | the shared frame, read-only       | a copy of the shared frame              |
+//! | Huge    | its part of the folio, writable   | its part of the folio, writable         |
 //!
 //! [^1]: read-only if the scanner write-protected it, so that the write is noticed.
 
@@ -19,7 +20,7 @@ use crate::{
     logic::slot::{Slot, State, BACKOFF_MAX},
     sys::{
         clock,
-        fault::{Answer, Fault, NoPageTable},
+        fault::{Answer, Fault, Middle, NoPageTable},
         page::{Frame, Purpose},
         slots::Content,
     },
@@ -67,7 +68,7 @@ fn frame_for(slot: Slot, write: bool) -> Option<Purpose> {
         _ if !write => None,
         State::Empty | State::Zero => Some(Purpose::GuestZeroed),
         State::Shared => Some(Purpose::Guest),
-        State::Private => None,
+        State::Private | State::Huge => None,
     }
 }
 
@@ -122,6 +123,11 @@ fn answer(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
         if guard.is_retired() || page >= backing.pages() {
             return Answer::BusError;
         }
+        if fault.middle() == Middle::Huge {
+            // Another thread mapped the whole meanwhile.
+            return Answer::Done;
+        }
+        guard.revive(index);
         let step = look(
             backing,
             &fault,
@@ -172,8 +178,8 @@ fn look(
     let host = backing.host();
     let slot = guard.slot(index);
     match slot.state() {
-        State::Private => {
-            let Some(page) = guard.page(index) else {
+        State::Private | State::Huge => {
+            let Some(page) = guard.own_page(index) else {
                 return Step::NeedsFrame;
             };
             if page.is_poisoned() {
@@ -197,7 +203,7 @@ fn look(
             if writable {
                 guard.may_change(index);
             }
-            match guard.page(index) {
+            match guard.own_page(index) {
                 Some(page) => fault.map(page, writable).into(),
                 None => Step::NeedsFrame,
             }

@@ -17,10 +17,11 @@ use crate::{
         counts::Class,
         hist::AtomicHist,
         state::HostState,
-        tunables::{RunMode, ShareScope},
+        tunables::{LargePages, RunMode, ShareScope},
     },
     sys::{
         hash::{self, Seed},
+        huge::HugeFrame,
         page::{Frame, PageRef, Purpose},
         slots::Content,
     },
@@ -31,7 +32,7 @@ use kernel::{
     prelude::*,
     sync::{
         lock::{mutex::MutexBackend, Guard},
-        Arc, CondVar, Mutex,
+        Arc, CondVar, Mutex, SetOnce,
     },
     time::msecs_to_jiffies,
 };
@@ -80,6 +81,8 @@ pub(crate) struct Events {
     pub(crate) protect_faults: AtomicU64,
     /// Faults that had to wait for memory.
     pub(crate) waits_for_memory: AtomicU64,
+    /// Empty regions for which there was no folio of 2 MiB.
+    pub(crate) large_pages_refused_no_memory: AtomicU64,
 }
 
 /// Wakes a thread out of its sleep.
@@ -125,6 +128,8 @@ impl Bell {
 pub(crate) struct Host {
     key: u64,
     run: AtomicU8,
+    /// Index in `LargePages::ALL`.
+    large_pages: AtomicU8,
     /// Numbers from sysfs.
     pub(crate) knobs: Knobs,
     /// Counters.
@@ -151,6 +156,8 @@ pub(crate) struct Host {
     #[pin]
     index: SharedIndex,
     zero_frames: KVec<Frame>,
+    /// 2 MiB of zeroes, once they were asked for.
+    pub(super) zero_folio: SetOnce<HugeFrame>,
 }
 
 /// All VMs' counts, added up.
@@ -181,6 +188,7 @@ impl Host {
             pin_init!(Host {
                 key: hash::random_key(),
                 run: AtomicU8::new(1),
+                large_pages: AtomicU8::new(LargePages::Never.index() as u8),
                 knobs: Knobs {
                     scan_pages_per_sec: AtomicU64::new(0),
                     scan_period_secs: AtomicU64::new(200),
@@ -202,6 +210,7 @@ impl Host {
                 registry <- Registry::new(),
                 index <- SharedIndex::new(),
                 zero_frames,
+                zero_folio: SetOnce::new(),
             }),
             GFP_KERNEL,
         )
@@ -258,7 +267,7 @@ impl Host {
     /// Frees what a slot owned.
     pub(crate) fn release(&self, content: Content) {
         match content {
-            Content::Empty | Content::Zero => {}
+            Content::Empty | Content::Zero | Content::Huge(_) => {}
             Content::Private(frame) => drop(frame),
             Content::Shared(sharer) => drop(self.index.leave(sharer)),
         }
@@ -271,6 +280,18 @@ impl Host {
             max_sharers: u32::try_from(max).unwrap_or(u32::MAX),
             across_nodes: self.knobs.merge_across_nodes.load(Ordering::Relaxed) != 0,
         }
+    }
+
+    /// When empty regions become 2 MiB pages, for VMs that do not say it themselves.
+    pub(crate) fn large_pages(&self) -> LargePages {
+        let index = self.large_pages.load(Ordering::Relaxed);
+        LargePages::from_index(index.into()).unwrap_or_default()
+    }
+
+    /// Sets [`Host::large_pages`].
+    pub(crate) fn set_large_pages(&self, value: LargePages) {
+        self.large_pages
+            .store(value.index() as u8, Ordering::Relaxed);
     }
 
     /// What the scanner is told to do.
@@ -374,7 +395,8 @@ impl Host {
 
     /// Memory that ThinRAM takes for itself.
     pub(crate) fn metadata_bytes(&self) -> u64 {
-        let frames = (ZERO_FRAMES * 4096) as u64;
+        let folio = self.zero_folio.as_ref().map_or(0, |_| HugeFrame::BYTES);
+        let frames = (ZERO_FRAMES * 4096 + folio) as u64;
         self.registry
             .bytes()
             .saturating_add(self.index.figures().bytes)

@@ -14,6 +14,7 @@ pub(crate) mod backing;
 pub(crate) mod data;
 pub(crate) mod fault;
 pub(crate) mod host;
+pub(crate) mod huge;
 pub(crate) mod merge;
 pub(crate) mod pressure;
 pub(crate) mod reclaim;

@@ -10,9 +10,11 @@ use super::vm::Vm;
 use crate::{
     logic::{
         counts,
+        huge::HugeWord,
         slot::{Class, Slot, State},
     },
     sys::{
+        huge::HugeFrame,
         mapping::Mapping,
         page::{Frame, PageRef},
         slots::{Content, Sharer, SlotKey, SlotWords, SLOTS},
@@ -21,6 +23,7 @@ use crate::{
 use core::sync::atomic::{AtomicU32, Ordering};
 use kernel::{
     new_mutex, new_spinlock,
+    page::PAGE_SIZE,
     prelude::*,
     sync::{lock::mutex::MutexBackend, lock::Guard, Arc, Mutex, SpinLock},
 };
@@ -34,6 +37,9 @@ struct Inner {
     mapping: Option<Mapping>,
     /// Pages whose mappings are all read-only since the scanner made them so.
     protected: SlotSet,
+    /// What all slots in state Huge are parts of. Slots that a truncation cut off are Empty, and
+    /// their parts zeroed; all others are Huge.
+    huge: Option<HugeFrame>,
 }
 
 /// 2 MiB of a file.
@@ -63,7 +69,7 @@ impl Region {
                 words,
                 waiters: AtomicU32::new(0),
                 inner <- new_mutex!(
-                    Inner { key, mapping: Some(mapping), protected: [0; SLOTS / 64] },
+                    Inner { key, mapping: Some(mapping), protected: [0; SLOTS / 64], huge: None },
                     "thinram_region"
                 ),
             }),
@@ -96,6 +102,17 @@ impl Region {
     #[inline]
     pub(crate) fn peek(&self, index: usize) -> Slot {
         self.words.peek(index)
+    }
+
+    /// Whether the region is, just now, one 2 MiB folio.
+    pub(crate) fn looks_huge(&self) -> bool {
+        // A truncation never cuts off the first page: the folio would go.
+        self.peek(0).state() == State::Huge
+    }
+
+    /// Whether no page of the region, just now, was ever written.
+    pub(crate) fn looks_empty(&self) -> bool {
+        (0..SLOTS).all(|index| self.peek(index).state() == State::Empty)
     }
 
     /// Makes the next pass hash the page again, without the lock.
@@ -147,6 +164,7 @@ fn counted_as(slot: Slot) -> counts::Class {
         State::Zero => counts::Class::Zero,
         State::Private => counts::Class::Private,
         State::Shared => counts::Class::Shared,
+        State::Huge => counts::Class::Huge,
     }
 }
 
@@ -171,6 +189,75 @@ impl RegionGuard<'_> {
     #[inline]
     pub(crate) fn page(&self, index: usize) -> Option<PageRef<'_>> {
         self.region.words.page(&self.inner.key, index)
+    }
+
+    /// The region's folio, while it is one.
+    pub(crate) fn huge(&self) -> Option<&HugeFrame> {
+        self.inner.huge.as_ref()
+    }
+
+    /// The page that the slot owns: the frame of a Private slot, the part of a Huge one.
+    pub(crate) fn own_page(&self, index: usize) -> Option<PageRef<'_>> {
+        match self.slot(index).state() {
+            State::Huge => self.inner.huge.as_ref().map(|huge| huge.part(index)),
+            _ => self.page(index),
+        }
+    }
+
+    /// Makes the empty region one folio of zeroes. No mapping shows a page of it afterwards.
+    pub(crate) fn become_huge(&mut self, frame: HugeFrame) {
+        if (0..SLOTS).any(|index| self.slot(index).is_zero_mapped()) {
+            self.zap_range(0, SLOTS);
+        }
+        self.inner.huge = Some(frame);
+        self.revive_all();
+    }
+
+    /// Makes an Empty slot of a huge region a part of its folio again: its bytes are zeroes.
+    pub(crate) fn revive(&mut self, index: usize) {
+        if self.inner.huge.is_some() && self.slot(index).state() == State::Empty {
+            let _ = self.set(index, Content::Huge(HugeWord::NEW), 0);
+        }
+    }
+
+    /// The same for all of them; the whole region lies before the end of the file.
+    pub(crate) fn revive_all(&mut self) {
+        for index in 0..SLOTS {
+            self.revive(index);
+        }
+    }
+
+    /// Punches pages `first..end`, which no mapping shows, out of the folio; hands it over when it
+    /// was the whole. `cut`: they are beyond the file's end from here on.
+    pub(crate) fn punch_huge(&mut self, first: usize, end: usize, cut: bool) -> Option<HugeFrame> {
+        let whole =
+            (0..SLOTS).all(|i| (first..end).contains(&i) || self.slot(i).state() == State::Empty);
+        for index in first..end {
+            let part = self.inner.huge.as_ref().map(|huge| huge.part(index));
+            if let Some(part) = part.filter(|part| !whole && !part.is_poisoned()) {
+                part.zero_range(0, PAGE_SIZE);
+            }
+            if whole || cut {
+                let _ = self.set(index, Content::Empty, 0);
+            } else if self.slot(index).state() == State::Huge {
+                self.note(index, HugeWord::hole().slot());
+            }
+        }
+        if whole {
+            self.inner.huge.take()
+        } else {
+            None
+        }
+    }
+
+    /// Notes that a zero frame may be mapped at each page of an empty region.
+    pub(crate) fn note_all_zero_mapped(&mut self) {
+        for index in 0..SLOTS {
+            let slot = self.slot(index);
+            self.region
+                .words
+                .note(&mut self.inner.key, index, slot.with_zero_mapped());
+        }
     }
 
     /// Notes what was learned about the page; what the slot owns stays.
@@ -285,6 +372,7 @@ impl RegionGuard<'_> {
             }
         }
         self.inner.mapping = None;
+        drop(self.inner.huge.take());
     }
 }
 

@@ -9,11 +9,11 @@ use crate::{
         counts::{self, Counts},
         pace::TokenBucket,
         slot,
-        tunables::ShareScope,
+        tunables::{LargePages, ShareScope},
     },
     sys::kobj::Directory,
 };
-use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use kernel::{
     new_condvar, new_mutex, new_spinlock,
     prelude::*,
@@ -123,6 +123,8 @@ pub(crate) struct Vm {
     pub(crate) events: VmEvents,
     /// Its own ceiling on scanned pages a second, 0 = none.
     pub(crate) scan_pages_per_sec: AtomicU64,
+    /// Index in `LargePages::ALL`, or [`AS_HOST`].
+    large_pages: AtomicU8,
     #[pin]
     scan_budget: SpinLock<TokenBucket>,
     owner_pid: AtomicI32,
@@ -134,6 +136,9 @@ pub(crate) struct Vm {
     directory: Mutex<Option<Directory<Vm>>>,
 }
 
+/// No value of its own.
+const AS_HOST: u8 = u8::MAX;
+
 /// Defaults for new VMs: mount options.
 #[derive(Clone, Copy)]
 pub(crate) struct VmDefaults {
@@ -141,6 +146,8 @@ pub(crate) struct VmDefaults {
     pub(crate) share: bool,
     /// Their ceiling on scanned pages a second, 0 = none.
     pub(crate) scan_pages_per_sec: u64,
+    /// When their empty regions become 2 MiB pages, `None` = as the host says.
+    pub(crate) large_pages: Option<LargePages>,
 }
 
 impl Vm {
@@ -212,6 +219,17 @@ impl Vm {
     pub(crate) fn may_scan(&self, now_us: u64, pages: u64) -> bool {
         let rate = self.scan_pages_per_sec.load(Ordering::Relaxed);
         rate == 0 || self.scan_budget.lock().take(now_us, rate, pages)
+    }
+
+    /// When its empty regions become 2 MiB pages, `None` = as the host says.
+    pub(crate) fn large_pages(&self) -> Option<LargePages> {
+        LargePages::from_index(self.large_pages.load(Ordering::Relaxed).into())
+    }
+
+    /// Sets [`Vm::large_pages`].
+    pub(crate) fn set_large_pages(&self, value: Option<LargePages>) {
+        let index = value.map_or(AS_HOST, |value| value.index() as u8);
+        self.large_pages.store(index, Ordering::Relaxed);
     }
 
     /// A mapping was made by process `pid`.
@@ -489,6 +507,7 @@ impl Vm {
                 counts <- new_spinlock!(VmCounts::default(), "thinram_vm_counts"),
                 events: VmEvents::default(),
                 scan_pages_per_sec: AtomicU64::new(defaults.scan_pages_per_sec),
+                large_pages: AtomicU8::new(AS_HOST),
                 scan_budget <- new_spinlock!(TokenBucket::new(0), "thinram_vm_budget"),
                 owner_pid: AtomicI32::new(0),
                 mappings: AtomicU64::new(0),
@@ -498,6 +517,7 @@ impl Vm {
             GFP_KERNEL,
         )?;
         vm.set_scope(vm.scope_under(share_scope));
+        vm.set_large_pages(defaults.large_pages);
         Ok(vm)
     }
 }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     engine::{backing::PAGE, host::Host, vm::VmDefaults},
-    logic::tunables,
+    logic::tunables::{self, LargePages},
     sys::bindings,
 };
 use core::ptr::NonNull;
@@ -50,6 +50,7 @@ const OPT_GID: c_int = 3;
 const OPT_DOMAIN: c_int = 4;
 const OPT_SHARE: c_int = 5;
 const OPT_SCAN_PAGES: c_int = 6;
+const OPT_LARGE_PAGES: c_int = 7;
 
 const ENOPARAM: c_int = -519;
 
@@ -66,6 +67,7 @@ struct Options {
     domain: Option<KVec<u8>>,
     share: Option<bool>,
     scan_pages_per_sec: Option<u64>,
+    large_pages: Option<LargePages>,
 }
 
 fn refuse(fc: *mut bindings::fs_context, why: &CStr) -> Error {
@@ -186,6 +188,11 @@ unsafe fn parse(
             OPT_SCAN_PAGES => {
                 options.scan_pages_per_sec = Some(bindings::thinram_result_u64(value));
             }
+            OPT_LARGE_PAGES => {
+                let word = LargePages::parse(text)
+                    .map_err(|_| refuse(fc, c"large_pages= takes never or always"))?;
+                options.large_pages = Some(word);
+            }
             _ => return Err(EINVAL),
         }
     }
@@ -220,6 +227,7 @@ unsafe fn fill(sb: *mut bindings::super_block, options: &mut Options) -> Result 
     let defaults = VmDefaults {
         share: options.share.unwrap_or(true),
         scan_pages_per_sec: options.scan_pages_per_sec.unwrap_or(0),
+        large_pages: options.large_pages,
     };
     let mode = options.mode.unwrap_or(0o700);
     let limit = options.size_pages.unwrap_or(0);
@@ -288,6 +296,7 @@ fn remount(
         || options
             .scan_pages_per_sec
             .is_some_and(|n| n != mount.defaults.scan_pages_per_sec)
+        || (options.large_pages.is_some() && options.large_pages != mount.defaults.large_pages)
     {
         return Err(refuse(
             fc,
@@ -380,6 +389,9 @@ unsafe extern "C" fn thinram_rs_show_options(
             ",scan_pages_per_sec={}",
             mount.defaults.scan_pages_per_sec
         );
+    }
+    if let Some(large_pages) = mount.defaults.large_pages {
+        kernel::seq_print!(out, ",large_pages={}", large_pages.as_str());
     }
     0
 }

@@ -11,7 +11,7 @@ use crate::{
     logic::{
         counts::pages_to_kb,
         state::HostState,
-        tunables::{self, BadValue, Knob, RunMode, ShareScope},
+        tunables::{self, BadValue, Knob, LargePages, RunMode, ShareScope},
     },
     sys::{
         bindings,
@@ -135,6 +135,11 @@ files! {
     "state_soft_ms": |h, page| line(page, spent_ms(h, HostState::Soft));
     "state_hard_ms": |h, page| line(page, spent_ms(h, HostState::Hard));
     "state_low_ms": |h, page| line(page, spent_ms(h, HostState::Low));
+    "large_pages": |h, page| line(page, h.0.large_pages().as_str()),
+        |h, bytes| {
+            h.0.set_large_pages(LargePages::parse(bytes).map_err(refused)?);
+            Ok(())
+        };
     "pages_scanned": |h, page| line(page, load(&h.0.events.pages_scanned));
     "pages_skipped": |h, page| line(page, load(&h.0.events.pages_skipped));
     "full_scans": |h, page| line(page, load(&h.0.events.full_scans));
@@ -155,6 +160,9 @@ files! {
     "scan_cpu_ms": |h, page| line(page, load(&h.0.events.scan_cpu_us) / 1000);
     "scan_yields": |h, page| line(page, load(&h.0.events.scan_yields));
     "waits_for_memory": |h, page| line(page, load(&h.0.events.waits_for_memory));
+    "large_pages_refused_no_memory": |h, page| {
+        line(page, load(&h.0.events.large_pages_refused_no_memory))
+    };
     "merges_refused_pinned": |h, page| line(page, load(&h.0.refusals.pinned));
     "merges_refused_differs": |h, page| line(page, load(&h.0.refusals.differs));
     "merges_refused_full": |h, page| line(page, load(&h.0.refusals.full));
@@ -220,6 +228,14 @@ files! {
             let value = knob("scan_pages_per_sec", bytes)?;
             vm.scan_pages_per_sec.store(value, Ordering::Relaxed);
             change(vm, |host, _| { host.scanner_bell.ring(); Ok(()) })
+        };
+    "large_pages": |vm, page| line(page, vm.large_pages().map_or("", LargePages::as_str)),
+        |vm, bytes| {
+            vm.set_large_pages(match tunables::without_newline(bytes) {
+                b"" => None,
+                word => Some(LargePages::parse(word).map_err(refused)?),
+            });
+            Ok(())
         };
     "size_kb": |vm, page| line(page, vm.snapshot().pages.size_kb());
     "resident_kb": |vm, page| line(page, vm.snapshot().pages.resident_kb(0));

@@ -4,16 +4,17 @@
 
 use super::node;
 use crate::{
-    engine::{backing::Backing, fault, vm::Vm},
+    engine::{backing::Backing, fault, huge, vm::Vm},
     sys::{
         bindings,
         fault::{Answer, Fault},
+        huge::ORDER,
         task,
     },
 };
 use core::ptr::NonNull;
 use kernel::{
-    ffi::{c_int, c_ulong, c_void},
+    ffi::{c_int, c_uint, c_ulong, c_void},
     prelude::*,
 };
 
@@ -57,6 +58,21 @@ unsafe fn answer(
 unsafe extern "C" fn thinram_rs_fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
     // SAFETY: By the caller.
     unsafe { answer(vmf, fault::serve) }
+}
+
+/// # Safety
+///
+/// Called by the kernel.
+#[no_mangle]
+unsafe extern "C" fn thinram_rs_huge_fault(
+    vmf: *mut bindings::vm_fault,
+    order: c_uint,
+) -> bindings::vm_fault_t {
+    if order != ORDER {
+        return Answer::Fallback.code();
+    }
+    // SAFETY: By the caller.
+    unsafe { answer(vmf, huge::serve) }
 }
 
 /// # Safety

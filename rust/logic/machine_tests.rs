@@ -132,6 +132,7 @@ impl Machine {
             State::Zero => counts::Class::Zero,
             State::Private => counts::Class::Private,
             State::Shared => counts::Class::Shared,
+            State::Huge => counts::Class::Huge,
         }
     }
 
@@ -147,7 +148,7 @@ impl Machine {
 
     fn release(&mut self, old: Slot) {
         match old.state() {
-            State::Empty | State::Zero => {}
+            State::Empty | State::Zero | State::Huge => {}
             State::Private => self.frames.free(old.payload()),
             State::Shared => self.leave(old.record()),
         }
@@ -183,6 +184,7 @@ impl Machine {
         let slot = self.slots[page];
         match slot.state() {
             State::Empty | State::Zero => 0,
+            State::Huge => unreachable!("the model has no folios"),
             State::Private => self.frames.get(slot.payload()),
             State::Shared => self
                 .frames
@@ -251,7 +253,7 @@ impl Machine {
         self.maintain();
         let slot = self.slots[page];
         match slot.state() {
-            State::Empty | State::Zero => return,
+            State::Empty | State::Zero | State::Huge => return,
             State::Shared => {
                 if let Some(pfn) = self.records.take_last(slot.record()) {
                     self.unlist(slot.record());
@@ -385,7 +387,7 @@ impl Machine {
             match slot.state() {
                 State::Private => assert!(owned.insert(slot.payload()), "a frame of two slots"),
                 State::Shared => *sharers.entry(slot.record()).or_default() += 1,
-                State::Empty | State::Zero => {}
+                State::Empty | State::Zero | State::Huge => {}
             }
         }
         assert_eq!(counts, self.counts);

@@ -11,6 +11,7 @@
 pub mod catalog;
 pub mod counts;
 pub mod hist;
+pub mod huge;
 pub mod pace;
 pub mod records;
 pub mod slot;

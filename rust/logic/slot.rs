@@ -16,6 +16,7 @@
 //! | Zero    | 1: zero mapped    | the module's zero frames            | write fault, punch  |
 //! | Private | frame number      | this slot, one reference            | merge, punch        |
 //! | Shared  | shared record id  | the record, one sharer of it        | write fault, punch  |
+//! | Huge    | see `logic::huge` | the region's 2 MiB folio            | split, punch        |
 //!
 //! The tag is the low 16 bits of the content hash that the last scan saw; class says what that scan
 //! made of the page; stable says that the content cannot have changed since, because every mapping
@@ -29,6 +30,8 @@ pub const PAYLOAD_MAX: u64 = (1 << PAYLOAD_BITS) - 1;
 pub const BACKOFF_MAX: u8 = 3;
 
 const STATE_MASK: u64 = 0b111;
+/// The state of a word of a 2 MiB folio.
+pub(super) const HUGE: u64 = 4;
 /// The stable bit alone: it may be cleared without the region lock (see [`Slot::STABLE_BIT`]).
 const STABLE: u64 = 1 << 3;
 const CLASS_SHIFT: u32 = 4;
@@ -61,6 +64,8 @@ pub enum State {
     Private,
     /// One sharer of a shared record.
     Shared,
+    /// A part of the region's 2 MiB folio; the rest of the word is a [`super::huge::HugeWord`].
+    Huge,
 }
 
 /// A slot word, taken apart by accessors.
@@ -109,6 +114,7 @@ impl Slot {
             1 => State::Zero,
             2 => State::Private,
             3 => State::Shared,
+            HUGE => State::Huge,
             _ => State::Empty,
         }
     }
@@ -154,7 +160,7 @@ impl Slot {
     #[inline]
     pub const fn owns_the_same(self, other: Slot) -> bool {
         let bits = match self.state() {
-            State::Empty | State::Zero => STATE_MASK,
+            State::Empty | State::Zero | State::Huge => STATE_MASK,
             _ => STATE_MASK | (PAYLOAD_MAX << PAYLOAD_SHIFT),
         };
         (self.0 ^ other.0) & bits == 0
@@ -260,6 +266,7 @@ mod tests {
         assert_eq!(Slot::ZERO.state(), State::Zero);
         assert_eq!(Slot::shared(u32::MAX).record(), u32::MAX);
         assert_eq!(Slot::shared(0).state(), State::Shared);
+        assert_eq!(Slot::from_word(HUGE).state(), State::Huge);
         assert_eq!(Slot::from_word(7).state(), State::Empty);
     }
 

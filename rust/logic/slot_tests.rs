@@ -36,7 +36,7 @@ impl Plain {
             owned: match slot.state() {
                 State::Private => slot.payload(),
                 State::Shared => slot.record().into(),
-                State::Empty | State::Zero => 0,
+                State::Empty | State::Zero | State::Huge => 0,
             },
             zero_mapped: slot.is_zero_mapped(),
             class: slot.class(),
@@ -84,6 +84,7 @@ proptest! {
                     (slot, plain) = match state {
                         State::Empty => (Slot::EMPTY, Plain::new(state, 0)),
                         State::Zero => (Slot::ZERO, Plain::new(state, 0)),
+                        State::Huge => unreachable!("see logic::huge"),
                         State::Private => (Slot::private(owned), Plain::new(state, owned)),
                         State::Shared => {
                             let record = owned as u32;

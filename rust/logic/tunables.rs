@@ -142,6 +142,50 @@ impl ShareScope {
     }
 }
 
+/// When empty regions become 2 MiB pages.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum LargePages {
+    /// Never; those that are there stay.
+    #[default]
+    Never,
+    /// Where a whole region is empty and the mapping fits.
+    Always,
+}
+
+impl LargePages {
+    /// The words, in the order of [`LargePages::ALL`].
+    pub const WORDS: [&'static str; 2] = ["never", "always"];
+    /// Both.
+    pub const ALL: [LargePages; 2] = [LargePages::Never, LargePages::Always];
+
+    /// The one of an index into [`LargePages::ALL`].
+    pub fn from_index(index: usize) -> Option<Self> {
+        Self::ALL.get(index).copied()
+    }
+
+    /// Its index in [`LargePages::ALL`].
+    pub const fn index(self) -> usize {
+        self as usize
+    }
+
+    /// What was written to sysfs.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` when it is neither word.
+    pub fn parse(bytes: &[u8]) -> Result<Self, BadValue> {
+        parse_word(bytes, &Self::WORDS).and_then(|i| Self::from_index(i).ok_or(BadValue::Invalid))
+    }
+
+    /// Its word.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            LargePages::Never => "never",
+            LargePages::Always => "always",
+        }
+    }
+}
+
 /// What the scanner does.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum RunMode {

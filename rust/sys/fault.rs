@@ -4,6 +4,7 @@
 
 use super::{
     bindings,
+    huge::HugeFrame,
     page::{Frame, PageRef, Purpose},
     protect,
 };
@@ -20,6 +21,8 @@ pub(crate) enum Answer {
     BusError,
     /// The memory behind the page is broken.
     Poisoned,
+    /// No 2 MiB page here: the access comes again as a fault of 4 KiB.
+    Fallback,
 }
 
 impl Answer {
@@ -30,6 +33,7 @@ impl Answer {
             Answer::Retry => bindings::vm_fault_reason_VM_FAULT_RETRY,
             Answer::BusError => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
             Answer::Poisoned => bindings::vm_fault_reason_VM_FAULT_HWPOISON,
+            Answer::Fallback => bindings::vm_fault_reason_VM_FAULT_FALLBACK,
         }
     }
 }
@@ -38,7 +42,18 @@ impl Answer {
 #[derive(Debug)]
 pub(crate) struct NoPageTable;
 
-/// A fault in the handler of `fault` or `page_mkwrite`.
+/// What the page table has for the 2 MiB around a fault.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Middle {
+    /// Nothing.
+    Nothing,
+    /// A 2 MiB page.
+    Huge,
+    /// A table of entries of 4 KiB.
+    Table,
+}
+
+/// A fault in the handler of `fault`, `huge_fault` or `page_mkwrite`.
 ///
 /// # Invariants
 ///
@@ -113,6 +128,47 @@ impl Fault {
         let page = NonNull::new(self.raw().page)?;
         // SAFETY: The kernel holds a reference to it during page_mkwrite.
         Some(unsafe { bindings::thinram_page_to_pfn(page.as_ptr()) as u64 })
+    }
+
+    /// Whether the mapping covers the whole 2 MiB around the fault, and lies in the address space as
+    /// it lies in the file.
+    pub(crate) fn fits_huge(&self) -> bool {
+        // SAFETY: By the type's invariant.
+        unsafe { bindings::thinram_huge_fits(self.0.as_ptr()) }
+    }
+
+    /// What the page table has for the 2 MiB around the fault. With the region locked, nothing else
+    /// puts anything there; it may go to `Nothing` at any time.
+    pub(crate) fn middle(&self) -> Middle {
+        // SAFETY: By the type's invariant; handlers get the entry's address.
+        match unsafe { bindings::thinram_huge_middle(self.0.as_ptr()) } {
+            0 => Middle::Nothing,
+            1 => Middle::Huge,
+            _ => Middle::Table,
+        }
+    }
+
+    /// Allocates a zeroed folio of 2 MiB by the policy of the mapping that faulted.
+    pub(crate) fn alloc_huge(&self) -> Option<HugeFrame> {
+        // SAFETY: The mapping is valid while the fault lock is held.
+        let page = unsafe { bindings::thinram_huge_alloc_vma(self.0.as_ptr()) };
+        // SAFETY: A fresh folio of 512 pages whose only reference is ours.
+        NonNull::new(page).map(|page| unsafe { HugeFrame::from_page(page) })
+    }
+
+    /// Maps the whole folio: writable if `writable` and the mapping allows it, else read-only.
+    ///
+    /// The caller holds the region lock, knows that [`Fault::middle`] is no table, and that no other
+    /// folio is mapped here.
+    pub(crate) fn map_huge(&self, frame: &HugeFrame, writable: bool) -> Answer {
+        // SAFETY: By the type's invariant; the folio is alive.
+        let code =
+            unsafe { bindings::thinram_huge_insert(self.0.as_ptr(), frame.as_ptr(), writable) };
+        match code {
+            bindings::vm_fault_reason_VM_FAULT_NOPAGE => Answer::Done,
+            bindings::vm_fault_reason_VM_FAULT_OOM => Answer::Fallback,
+            _ => Answer::BusError,
+        }
     }
 
     /// Waits a moment for memory, with the fault lock dropped where that is allowed.

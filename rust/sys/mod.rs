@@ -8,6 +8,7 @@ pub(crate) mod clock;
 pub(crate) mod fault;
 pub(crate) mod frames;
 pub(crate) mod hash;
+pub(crate) mod huge;
 pub(crate) mod kobj;
 pub(crate) mod mapping;
 pub(crate) mod memory;

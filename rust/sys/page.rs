@@ -34,7 +34,7 @@ impl Purpose {
     }
 }
 
-/// One reference to an order-0 page; dropping it puts the reference.
+/// One reference to an order-0 page, or to a part of a 2 MiB folio; dropping it puts the reference.
 pub(crate) struct Frame(NonNull<bindings::page>);
 
 // SAFETY: A page reference belongs to no task and no CPU.
@@ -167,6 +167,15 @@ impl<'a> PageRef<'a> {
     pub(super) unsafe fn from_pfn(pfn: u64) -> PageRef<'a> {
         // SAFETY: As in `Frame::from_pfn`.
         let page = unsafe { NonNull::new_unchecked(bindings::thinram_pfn_to_page(pfn as usize)) };
+        PageRef(page, PhantomData)
+    }
+
+    /// A page that is alive.
+    ///
+    /// # Safety
+    ///
+    /// Somebody keeps `page` for `'a`.
+    pub(super) unsafe fn from_page(page: NonNull<bindings::page>) -> PageRef<'a> {
         PageRef(page, PhantomData)
     }
 

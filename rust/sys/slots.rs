@@ -6,7 +6,10 @@
 //! [`Content`] is that ownership as a value, so that no frame is dropped or doubled by accident.
 
 use super::page::{Frame, PageRef};
-use crate::logic::slot::{Slot, State};
+use crate::logic::{
+    huge::HugeWord,
+    slot::{Slot, State},
+};
 use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::{alloc::AllocError, prelude::*};
 
@@ -40,6 +43,8 @@ pub(crate) enum Content {
     Private(Frame),
     /// A share in a frame.
     Shared(Sharer),
+    /// Nothing: the region's 2 MiB folio is owned by the region.
+    Huge(HugeWord),
 }
 
 /// The right to change the words: lives inside the region's lock.
@@ -101,8 +106,12 @@ impl SlotWords {
             Content::Zero => Slot::ZERO,
             Content::Private(frame) => Slot::private(frame.into_pfn()),
             Content::Shared(sharer) => Slot::shared(sharer.record()),
+            Content::Huge(word) => word.slot(),
         };
-        let word_now = slot.with_backoff(backoff).word();
+        let word_now = match slot.state() {
+            State::Huge => slot.word(),
+            _ => slot.with_backoff(backoff).word(),
+        };
         let old = Slot::from_word(word.swap(word_now, Ordering::Relaxed));
         match old.state() {
             State::Empty => Content::Empty,
@@ -110,6 +119,7 @@ impl SlotWords {
             // SAFETY: The word owned this frame number's reference, and no longer stands anywhere.
             State::Private => Content::Private(unsafe { Frame::from_pfn(old.payload()) }),
             State::Shared => Content::Shared(Sharer::new(old.record())),
+            State::Huge => Content::Huge(HugeWord::from_slot(old).unwrap_or(HugeWord::NEW)),
         }
     }
 

@@ -13,6 +13,7 @@ mod edges;
 mod fuzz;
 mod harness;
 mod host;
+mod huge;
 mod mapping;
 mod mounts;
 mod names;
@@ -160,6 +161,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         contention::CASES,
         nodes::CASES,
         cgroup::CASES,
+        huge::CASES,
         fuzz::CASES,
         torture::CASES,
     ]

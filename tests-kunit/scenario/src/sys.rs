@@ -290,6 +290,27 @@ impl Map {
         self.replace(from, len, None)
     }
 
+    /// Keeps `len` bytes from byte `from` and unmaps the rest.
+    pub fn keep(&mut self, from: usize, len: usize) -> nix::Result<()> {
+        self.check(from, len)?;
+        let whole = std::mem::replace(self, Map { addr: 0, len: 0 });
+        *self = Map {
+            addr: whole.addr + from,
+            len,
+        };
+        // Each drops its own part.
+        drop(Map {
+            addr: whole.addr,
+            len: from,
+        });
+        drop(Map {
+            addr: whole.addr + from + len,
+            len: whole.len - from - len,
+        });
+        std::mem::forget(whole);
+        Ok(())
+    }
+
     fn check(&self, from: usize, len: usize) -> nix::Result<()> {
         match from.checked_add(len) {
             Some(end) if end <= self.len => Ok(()),

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Regions that are one folio of 2 MiB.
+//!
+//! Lock order: the kernel holds mmap_lock or the VMA lock; the region lock is taken here. Folios are
+//! allocated before it.
+//!
+//! | region                      | read                         | write                        |
+//! |-----------------------------|------------------------------|------------------------------|
+//! | empty, large pages wanted   | a folio of zeroes, read-only | becomes a zeroed folio       |
+//! | a folio                     | its folio, writable at once  | its folio, writable          |
+//! | any other                   | fault of 4 KiB               | fault of 4 KiB               |
+//!
+//! Mappings that do not cover a region as a whole, or lie across it, show its parts by faults of
+//! 4 KiB, in `fault`. The first fault on an empty region decides what it is.
+
+use super::{backing::Backing, host::Host, vm::Vm};
+use crate::{
+    logic::{state::HostState, tunables::LargePages},
+    sys::{
+        fault::{Answer, Fault, Middle},
+        huge::HugeFrame,
+        slots::SLOTS,
+    },
+};
+use core::sync::atomic::Ordering;
+use kernel::prelude::*;
+
+impl Host {
+    /// Whether an empty region of `vm` may become a folio: not while memory is short.
+    pub(crate) fn wants_large(&self, vm: &Vm) -> bool {
+        self.state() == HostState::High
+            && vm.large_pages().unwrap_or(self.large_pages()) == LargePages::Always
+    }
+
+    fn no_folio(&self) {
+        self.events
+            .large_pages_refused_no_memory
+            .fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The folio of zeroes that reads of empty regions show; made when the first one asks.
+    fn zero_folio(&self) -> Option<&HugeFrame> {
+        if self.zero_folio.as_ref().is_none() {
+            // Whoever comes second keeps the first one's.
+            self.zero_folio.populate(HugeFrame::alloc(-1)?);
+        }
+        self.zero_folio.as_ref()
+    }
+}
+
+/// Answers a fault that a whole 2 MiB page may serve.
+pub(crate) fn serve(backing: &Backing, fault: Fault) -> Answer {
+    let host = backing.host();
+    let first = fault.page_number() / SLOTS as u64 * SLOTS as u64;
+    let end = first.saturating_add(SLOTS as u64);
+    if !fault.fits_huge() || end > backing.pages() {
+        return Answer::Fallback;
+    }
+    // Without a region it is empty, and whether it shall be a folio is known.
+    let known = backing.region(first);
+    let huge = known.as_ref().is_some_and(|region| region.looks_huge());
+    let empty = known.as_ref().is_none_or(|region| region.looks_empty());
+    let may_become = empty && host.wants_large(backing.vm());
+    if !huge && !may_become {
+        return Answer::Fallback;
+    }
+    let Ok(region) = backing.region_or_new(first) else {
+        return Answer::Fallback;
+    };
+    let mut spare = None;
+    if !huge && fault.is_write() {
+        spare = fault.alloc_huge();
+        if spare.is_none() {
+            host.no_folio();
+            return Answer::Fallback;
+        }
+    }
+    let mut guard = region.lock();
+    if guard.is_retired() || end > backing.pages() || fault.middle() == Middle::Table {
+        return Answer::Fallback;
+    }
+    if guard.huge().is_none() {
+        if !region.looks_empty() {
+            return Answer::Fallback;
+        }
+        let Some(spare) = spare.take() else {
+            return show_zeroes(backing, &fault, guard);
+        };
+        guard.become_huge(spare);
+    }
+    backing.vm().events.faults.fetch_add(1, Ordering::Relaxed);
+    guard.revive_all();
+    match guard.huge() {
+        Some(frame) if !frame.is_poisoned() => fault.map_huge(frame, true),
+        _ => Answer::Fallback,
+    }
+}
+
+/// Maps the folio of zeroes for a read of a region that is empty.
+fn show_zeroes(
+    backing: &Backing,
+    fault: &Fault,
+    mut guard: super::region::RegionGuard<'_>,
+) -> Answer {
+    // A write that lost its race for the region comes again.
+    if fault.is_write() {
+        return Answer::Done;
+    }
+    let Some(zeroes) = backing.host().zero_folio() else {
+        return Answer::Fallback;
+    };
+    backing.vm().events.faults.fetch_add(1, Ordering::Relaxed);
+    guard.note_all_zero_mapped();
+    fault.map_huge(zeroes, false)
+}
+
+/// Makes the region that begins at page `page` a folio, if it is empty, lies before page `to` as a
+/// whole, and large pages are wanted. False when it did not.
+pub(crate) fn preallocate(backing: &Backing, page: u64, to: u64) -> Result<bool> {
+    let whole = page % SLOTS as u64 == 0 && page.saturating_add(SLOTS as u64) <= to;
+    if !whole || !backing.host().wants_large(backing.vm()) {
+        return Ok(false);
+    }
+    let region = backing.region_or_new(page)?;
+    if !region.looks_empty() {
+        return Ok(false);
+    }
+    let Some(frame) = HugeFrame::alloc(-1) else {
+        backing.host().no_folio();
+        return Ok(false);
+    };
+    let mut guard = region.lock();
+    let free = !guard.is_retired() && guard.huge().is_none() && region.looks_empty();
+    if free {
+        guard.become_huge(frame);
+    }
+    Ok(free)
+}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! 2 MiB folios: what a region's 512 pages lie in as long as they are one.
+//!
+//! A folio has one reference of ours, and one more for each page-table entry (of either size) that
+//! maps it or a part of it. Each part can be kept by a [`super::page::Frame`] of its own, which is a
+//! reference to the whole.
+
+use super::{bindings, page::PageRef, slots::SLOTS};
+use core::ptr::NonNull;
+use kernel::page::PAGE_SIZE;
+
+/// Order of a folio of 512 pages.
+pub(crate) const ORDER: u32 = SLOTS.ilog2();
+
+/// One reference to a folio of 512 pages; dropping it puts the reference.
+pub(crate) struct HugeFrame(NonNull<bindings::page>);
+
+// SAFETY: A reference to a folio belongs to no task and no CPU.
+unsafe impl Send for HugeFrame {}
+// SAFETY: `&HugeFrame` only gives out `PageRef`s, whose methods may be called from any thread.
+unsafe impl Sync for HugeFrame {}
+
+impl HugeFrame {
+    /// Bytes of it.
+    pub(crate) const BYTES: usize = SLOTS * PAGE_SIZE;
+
+    /// Allocates a zeroed folio near `node` (negative: anywhere near), without much effort: `None`
+    /// where memory is short or in pieces, or where the kernel has no such folios.
+    pub(crate) fn alloc(node: i32) -> Option<HugeFrame> {
+        // SAFETY: May sleep; callers hold no spinlock.
+        NonNull::new(unsafe { bindings::thinram_huge_alloc(node) }).map(HugeFrame)
+    }
+
+    /// Takes over a reference that the caller owns.
+    ///
+    /// # Safety
+    ///
+    /// `page` is the first page of a folio of [`ORDER`] and the caller owns a reference, which passes
+    /// to the value.
+    pub(super) unsafe fn from_page(page: NonNull<bindings::page>) -> HugeFrame {
+        HugeFrame(page)
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut bindings::page {
+        self.0.as_ptr()
+    }
+
+    /// One of the 512 pages. Its reference count is that of the whole.
+    pub(crate) fn part(&self, index: usize) -> PageRef<'_> {
+        // SAFETY: The index lies within the folio, whose struct pages are an array.
+        let page = unsafe { self.0.add(index % SLOTS) };
+        // SAFETY: `self` keeps the folio.
+        unsafe { PageRef::from_page(page) }
+    }
+
+    /// Whether memory_failure() marked any of the pages.
+    pub(crate) fn is_poisoned(&self) -> bool {
+        (0..SLOTS).any(|index| self.part(index).is_poisoned())
+    }
+}
+
+impl Drop for HugeFrame {
+    fn drop(&mut self) {
+        // SAFETY: We own one reference.
+        unsafe { bindings::thinram_page_put(self.0.as_ptr()) }
+    }
+}

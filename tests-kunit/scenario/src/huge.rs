@@ -1,0 +1,871 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pages of 2 MiB: when there are some, and that nobody sees a difference.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{bail, ensure, Context, Result};
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+
+use crate::check::{bytes_are, eq, fails_any, page_is, skip, that, within};
+use crate::content::{self, pages_bytes};
+use crate::contention::force;
+use crate::ctx::{Ctx, Guest, Mount};
+use crate::harness::Case;
+use crate::sys::{self, Map, PAGE, R, RW, WORDS};
+
+/// Pages of a large one.
+pub const LARGE: usize = 512;
+/// KiB of a large page.
+pub const LARGE_KB: u64 = 2048;
+
+/// The table of cases.
+pub const CASES: &[Case] = &[
+    Case::thinram("huge/touch", "one write maps 2 MiB, in one fault", touch),
+    Case::thinram(
+        "huge/contention",
+        "no new ones while memory is short; old ones serve",
+        contention,
+    ),
+    Case::thinram("huge/read", "a read takes no memory, a write does", read),
+    Case::thinram(
+        "huge/knobs",
+        "large_pages of host, mount and VM; bad words",
+        knobs,
+    ),
+    Case::thinram(
+        "huge/odd-sizes",
+        "odd lengths and offsets: 4 KiB where 2 MiB do not fit",
+        odd_sizes,
+    ),
+    Case::thinram(
+        "huge/used-before",
+        "a region with a 4 KiB page stays of 4 KiB",
+        used_before,
+    ),
+    Case::thinram(
+        "huge/two-mappings",
+        "one mapping by 2 MiB, one by 4 KiB: one memory",
+        two_mappings,
+    ),
+    Case::thinram(
+        "huge/parts",
+        "mprotect, munmap, mremap of a part; RSS exact",
+        parts,
+    ),
+    Case::thinram(
+        "huge/holes",
+        "4 KiB holes read as zeroes, a whole one frees",
+        holes,
+    ),
+    Case::thinram(
+        "huge/truncate",
+        "the end cut through the middle, and grown",
+        truncate,
+    ),
+    Case::thinram("huge/syscalls", "read(2) and write(2)", syscalls),
+    Case::thinram("huge/prealloc", "fallocate makes 2 MiB pages", prealloc),
+    Case::thinram(
+        "huge/held",
+        "a pipe holds a part, whose page is freed later",
+        held,
+    ),
+    Case::thinram(
+        "huge/in-pieces",
+        "memory in pieces: 4 KiB pages instead",
+        in_pieces,
+    ),
+    Case::thinram(
+        "huge/races",
+        "faults of both sizes, holes and parts at once",
+        races,
+    )
+    .span(6.0),
+];
+
+/// Sets `large_pages`, or skips where the kernel has no 2 MiB pages of files.
+pub fn always(ctx: &Ctx) -> Result<()> {
+    let enabled = Path::new("/sys/kernel/mm/transparent_hugepage/enabled");
+    match fs::read_to_string(enabled) {
+        Ok(modes) if modes.contains("[always]") => {}
+        Ok(modes) => bail!("expected [always] in {}, seen {modes}", enabled.display()),
+        Err(_) => return Err(skip("this kernel has no transparent huge pages")),
+    }
+    force(ctx, "high")?;
+    ctx.sys().set("large_pages", "always")
+}
+
+/// KiB that this process has mapped of `map` by 2 MiB entries.
+pub fn mapped_large(map: &Map) -> Result<u64> {
+    field("/proc/self/smaps", map, "FilePmdMapped:")
+}
+
+/// KiB of `map` that count as resident.
+fn rss(map: &Map) -> Result<u64> {
+    field("/proc/self/smaps", map, "Rss:")
+}
+
+/// Sums a field over the parts of the mapping that are still there.
+fn field(path: &str, map: &Map, name: &str) -> Result<u64> {
+    let text = fs::read_to_string(path)?;
+    let end = map.addr() + map.pages() * PAGE;
+    let (mut inside, mut sum) = (false, 0);
+    for line in text.lines() {
+        let first = line.split(' ').next().unwrap_or("");
+        if let Some((from, to)) = first.split_once('-') {
+            let from = usize::from_str_radix(from, 16)?;
+            let to = usize::from_str_radix(to, 16)?;
+            inside = from < end && to > map.addr();
+        } else if inside && first == name {
+            let value = line[name.len()..].trim().trim_end_matches(" kB");
+            sum += value.parse::<u64>().with_context(|| line.to_owned())?;
+        }
+    }
+    Ok(sum)
+}
+
+/// `huge_kb` is `kb`, and all states add up.
+pub fn huge_is(ctx: &Ctx, what: &str, vm: &str, kb: u64) -> Result<()> {
+    let stat = ctx.sys().vm(vm).stat()?;
+    stat.check_sum()?;
+    eq(format!("huge_kb {what}"), stat.get("huge_kb")?, kb)
+}
+
+/// A VM of `pages` pages on a mount of its own, with large pages on.
+fn guest(ctx: &Ctx, pages: usize) -> Result<(Mount<'_>, Guest)> {
+    always(ctx)?;
+    let mount = ctx.mount("m", "size=512M,domain=lab")?;
+    let guest = mount.guest("web", pages)?;
+    Ok((mount, guest))
+}
+
+fn touch(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, 4 * LARGE)?;
+    eq(
+        "alignment of the mapping",
+        guest.map.addr() % (LARGE * PAGE),
+        0,
+    )?;
+    let vm = guest.sysfs(ctx);
+    let faults = vm.get("faults")?;
+    guest.map.set(LARGE + 7, 3, 99);
+    huge_is(ctx, "after one write", "web", LARGE_KB)?;
+    eq("faults of one write", vm.get("faults")? - faults, 1)?;
+    eq("KiB mapped large", mapped_large(&guest.map)?, LARGE_KB)?;
+    eq("Rss", rss(&guest.map)?, LARGE_KB)?;
+    ctx.expect_used("after one write", &mount, "web", LARGE_KB)?;
+    guest.is_zero(LARGE, LARGE + 7)?;
+    guest.is_zero(LARGE + 8, 2 * LARGE)?;
+    eq("the word", guest.map.get(LARGE + 7, 3), 99)?;
+    guest.fill(0, 4 * LARGE, 1);
+    guest.holds(0, 4 * LARGE, 1)?;
+    eq("faults of 8 MiB", vm.get("faults")? - faults, 4)?;
+    huge_is(ctx, "of all", "web", 4 * LARGE_KB)?;
+    eq("st_blocks", blocks(&guest)?, 4 * LARGE_KB * 2)?;
+    // Another process maps them large as well, and its end takes nothing along.
+    sys::fork(|| {
+        let file = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&guest.path)?;
+        let map = Map::shared(&file, 0, 4 * LARGE * PAGE, RW)?;
+        page_is(
+            "a page by another process",
+            &map.read_page(5),
+            &content::page(6),
+        )?;
+        map.set(6, 0, 1);
+        eq("KiB mapped large by it", mapped_large(&map)?, LARGE_KB)
+    })?
+    .expect_ok(ctx.limit(10.0))?;
+    eq("its write", guest.map.get(6, 0), 1)?;
+    drop(guest.map);
+    huge_is(ctx, "without a mapping", "web", 4 * LARGE_KB)?;
+    guest.file.set_len(0)?;
+    huge_is(ctx, "of an empty file", "web", 0)?;
+    ctx.expect_used("of an empty file", &mount, "web", 0)
+}
+
+fn contention(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, 3 * LARGE)?;
+    guest.map.set(0, 0, 1);
+    for state in ["clear", "soft", "hard", "low"] {
+        force(ctx, state)?;
+        guest.map.set(LARGE, 0, 2);
+        sys::fallocate(
+            &guest.file,
+            0,
+            (2 * LARGE * PAGE) as i64,
+            (LARGE * PAGE) as i64,
+        )?;
+        huge_is(ctx, state, "web", LARGE_KB)?;
+        sys::punch(
+            &guest.file,
+            (LARGE * PAGE) as u64,
+            (2 * LARGE * PAGE) as u64,
+        )?;
+    }
+    let second = Map::shared(&guest.file, 0, 3 * LARGE * PAGE, RW)?;
+    eq("the old one by a new mapping", second.get(0, 0), 1)?;
+    eq("KiB mapped large", mapped_large(&second)?, LARGE_KB)?;
+    force(ctx, "high")?;
+    second.set(LARGE, 0, 3);
+    huge_is(ctx, "high again", "web", 2 * LARGE_KB)?;
+    ctx.expect_used("high again", &mount, "web", 2 * LARGE_KB)
+}
+
+fn blocks(guest: &Guest) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(guest.file.metadata()?.blocks())
+}
+
+fn read(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, 2 * LARGE)?;
+    guest.is_zero(0, 2 * LARGE)?;
+    huge_is(ctx, "after reads", "web", 0)?;
+    ctx.expect_used("after reads", &mount, "web", 0)?;
+    eq("KiB mapped large", mapped_large(&guest.map)?, 2 * LARGE_KB)?;
+    eq("st_blocks", blocks(&guest)?, 0)?;
+    let second = Map::shared(&guest.file, 0, 2 * LARGE * PAGE, R)?;
+    eq("by a second mapping", second.get(9, 0), 0)?;
+    guest.map.set(9, 0, 5);
+    eq("the write by the second mapping", second.get(9, 0), 5)?;
+    huge_is(ctx, "after a write", "web", LARGE_KB)?;
+    guest.is_zero(10, 2 * LARGE)?;
+    // A page of 4 KiB under the zeroes of 2 MiB.
+    ctx.sys().set("large_pages", "never")?;
+    guest.map.set(LARGE + 1, 0, 6);
+    eq(
+        "the write by the second mapping",
+        second.get(LARGE + 1, 0),
+        6,
+    )?;
+    huge_is(ctx, "after never", "web", LARGE_KB)?;
+    ctx.expect_used("after never", &mount, "web", LARGE_KB + 4)?;
+    guest.is_zero(LARGE + 2, 2 * LARGE)?;
+    page_is("before it", &second.read_page(LARGE), &[0; WORDS])
+}
+
+fn knobs(ctx: &Ctx) -> Result<()> {
+    always(ctx)?;
+    let sys = ctx.sys();
+    eq("large_pages", sys.word("large_pages")?, "always".into())?;
+    for bad in [
+        "\n",
+        "1",
+        "Always",
+        "always never",
+        "[always] never",
+        "madvise",
+    ] {
+        let set = sys.try_set("large_pages", bad.as_bytes());
+        fails_any(format!("large_pages {bad:?}"), set, &[Errno::EINVAL])?;
+    }
+    eq("large_pages", sys.word("large_pages")?, "always".into())?;
+    let mount = ctx.mount("m", "size=64M")?;
+    let small = ctx.mount("n", "size=64M,large_pages=never")?;
+    let table = fs::read_to_string("/proc/self/mounts")?;
+    that(
+        "/proc/self/mounts has large_pages=never",
+        table.contains("large_pages=never"),
+    )?;
+    for bad in ["large_pages=", "large_pages=1", "large_pages"] {
+        let refused = ctx.try_mount("o", bad)?.map(drop);
+        fails_any(bad, refused, &[Errno::EINVAL])?;
+    }
+    let (a, b) = (mount.guest("a", 4 * LARGE)?, small.guest("b", 4 * LARGE)?);
+    let (vm_a, vm_b) = (a.sysfs(ctx), b.sysfs(ctx));
+    eq("large_pages of a", vm_a.word("large_pages")?, String::new())?;
+    eq(
+        "large_pages of b",
+        vm_b.word("large_pages")?,
+        "never".into(),
+    )?;
+    a.map.set(0, 0, 1);
+    b.map.set(0, 0, 1);
+    huge_is(ctx, "of a", "a", LARGE_KB)?;
+    huge_is(ctx, "of b", "b", 0)?;
+    vm_a.set("large_pages", "never")?;
+    vm_b.set("large_pages", "always")?;
+    fails_any(
+        "large_pages 7 of a VM",
+        vm_a.try_set("large_pages", b"7"),
+        &[Errno::EINVAL],
+    )?;
+    eq(
+        "large_pages of a",
+        vm_a.word("large_pages")?,
+        "never".into(),
+    )?;
+    a.map.set(LARGE, 0, 1);
+    b.map.set(LARGE, 0, 1);
+    huge_is(ctx, "of a after never", "a", LARGE_KB)?;
+    huge_is(ctx, "of b after always", "b", LARGE_KB)?;
+    sys.set("large_pages", "never")?;
+    vm_a.try_set("large_pages", b"\n")?;
+    vm_b.try_set("large_pages", b"\n")?;
+    a.map.set(2 * LARGE, 0, 1);
+    huge_is(ctx, "of a as the host", "a", LARGE_KB)?;
+    sys.set("large_pages", "always")?;
+    a.map.set(3 * LARGE, 0, 1);
+    b.map.set(2 * LARGE, 0, 1);
+    huge_is(ctx, "of a as the host", "a", 2 * LARGE_KB)?;
+    huge_is(ctx, "of b as the host", "b", 2 * LARGE_KB)
+}
+
+fn odd_sizes(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, 2 * LARGE)?;
+    guest.file.set_len(((LARGE + 300) * PAGE + 17) as u64)?;
+    guest.fill(0, LARGE + 301, 1);
+    huge_is(ctx, "of 3.2 MiB", "web", LARGE_KB)?;
+    ctx.expect_used("of 3.2 MiB", &mount, "web", LARGE_KB + 301 * 4)?;
+    guest.holds(0, LARGE + 301, 1)?;
+    // A mapping whose addresses do not lie as the file does.
+    let (name, pages) = ("odd", 3 * LARGE);
+    let file = mount.file(name, "ram", pages)?;
+    let mut map = Map::anonymous((pages + 1) * PAGE)?;
+    let shift = if map.addr() % (LARGE * PAGE) == 0 {
+        PAGE
+    } else {
+        0
+    };
+    map.replace(shift, pages * PAGE, Some((&file, 0, RW)))?;
+    for page in 0..pages {
+        map.write_page(page + shift / PAGE, &content::page(page as u64));
+    }
+    if (map.addr() + shift) % (LARGE * PAGE) != 0 {
+        huge_is(ctx, "of a mapping that lies across", name, 0)?;
+    }
+    // A mapping of the second half of one region and the first of the next.
+    let file = mount.file("middle", "ram", pages)?;
+    let part = Map::shared(&file, (LARGE / 2 * PAGE) as u64, LARGE * PAGE, RW)?;
+    for page in 0..LARGE {
+        part.write_page(page, &content::page(page as u64));
+    }
+    huge_is(ctx, "of two halves", "middle", 0)?;
+    for page in 0..LARGE {
+        page_is(
+            "two halves",
+            &part.read_page(page),
+            &content::page(page as u64),
+        )?;
+    }
+    ctx.expect_used("of two halves", &mount, "middle", LARGE_KB)
+}
+
+fn used_before(ctx: &Ctx) -> Result<()> {
+    always(ctx)?;
+    let sys = ctx.sys();
+    let mount = ctx.mount("m", "size=64M")?;
+    let guest = mount.guest("web", 2 * LARGE)?;
+    sys.set("large_pages", "never")?;
+    guest.map.set(5, 0, 1);
+    sys.set("large_pages", "always")?;
+    let second = Map::shared(&guest.file, 0, 2 * LARGE * PAGE, RW)?;
+    second.set(6, 0, 2);
+    second.set(LARGE, 0, 3);
+    huge_is(ctx, "with one region used before", "web", LARGE_KB)?;
+    ctx.expect_used("two pages and a large one", &mount, "web", LARGE_KB + 8)?;
+    eq("page 5", second.get(5, 0), 1)?;
+    eq("page 6", guest.map.get(6, 0), 2)?;
+    eq("page 512", guest.map.get(LARGE, 0), 3)?;
+    // Empty again, it may be large the next time.
+    sys::punch(&guest.file, 0, (LARGE * PAGE) as u64)?;
+    let third = Map::shared(&guest.file, 0, 2 * LARGE * PAGE, RW)?;
+    third.set(1, 0, 4);
+    huge_is(ctx, "of a region emptied by a hole", "web", 2 * LARGE_KB)?;
+    eq("page 1", guest.map.get(1, 0), 4)?;
+    guest.is_zero(5, 7)
+}
+
+/// A mapping of all of `file` at addresses that do not lie as the file does.
+fn across(file: &fs::File, pages: usize) -> Result<Map> {
+    let mut map = Map::anonymous((pages + LARGE) * PAGE)?;
+    let start = map.addr().next_multiple_of(LARGE * PAGE) - map.addr() + PAGE;
+    ensure!(start + pages * PAGE <= map.pages() * PAGE);
+    map.replace(start, pages * PAGE, Some((file, 0, RW)))?;
+    // What is before and after stays anonymous; pages are counted from the file's start.
+    map.keep(start, pages * PAGE)?;
+    Ok(map)
+}
+
+fn two_mappings(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, 2 * LARGE)?;
+    let small = across(&guest.file, 2 * LARGE)?;
+    eq("a read by 4 KiB", small.get(3, 0), 0)?;
+    guest.fill(0, LARGE, 1);
+    for page in 0..LARGE {
+        page_is(
+            "by 4 KiB",
+            &small.read_page(page),
+            &content::page(1 + page as u64),
+        )?;
+    }
+    huge_is(ctx, "with both", "web", LARGE_KB)?;
+    eq(
+        "KiB mapped large by one",
+        mapped_large(&guest.map)?,
+        LARGE_KB,
+    )?;
+    eq("KiB mapped large by the other", mapped_large(&small)?, 0)?;
+    eq("Rss of one", rss(&guest.map)?, LARGE_KB)?;
+    eq("Rss of the other", rss(&small)?, LARGE_KB)?;
+    small.set(100, 9, 77);
+    eq("a write by 4 KiB", guest.map.get(100, 9), 77)?;
+    guest.map.set(101, 9, 78);
+    eq("a write by 2 MiB", small.get(101, 9), 78)?;
+    sys::punch(&guest.file, 100 * PAGE as u64, PAGE as u64)?;
+    eq("a hole by 2 MiB", guest.map.get(100, 9), 0)?;
+    eq("a hole by 4 KiB", small.get(100, 9), 0)?;
+    small.set(100, 9, 79);
+    eq("a write into the hole", guest.map.get(100, 9), 79)?;
+    // The other way round: 4 KiB first.
+    small.set(LARGE + 4, 0, 1);
+    guest.map.set(LARGE + 5, 0, 2);
+    eq("4 KiB first", guest.map.get(LARGE + 4, 0), 1)?;
+    huge_is(ctx, "4 KiB first", "web", LARGE_KB)?;
+    drop(small);
+    drop(guest.map);
+    guest.file.set_len(0)?;
+    ctx.expect_used("of an empty file", &mount, "web", 0)
+}
+
+fn parts(ctx: &Ctx) -> Result<()> {
+    let (mount, mut guest) = guest(ctx, 4 * LARGE)?;
+    guest.fill(0, 4 * LARGE, 1);
+    eq("KiB mapped large", mapped_large(&guest.map)?, 4 * LARGE_KB)?;
+    // A part read-only, then back.
+    guest.map.protect(100 * PAGE, 50 * PAGE, R)?;
+    guest.holds(0, LARGE, 1)?;
+    sys::fork(|| {
+        let map = Map::shared(&guest.file, 0, LARGE * PAGE, RW)?;
+        map.protect(100 * PAGE, 50 * PAGE, R)?;
+        map.set(99, 0, map.get(99, 0));
+        map.set(120, 0, 1);
+        Ok(())
+    })?
+    .expect_signal(Signal::SIGSEGV, ctx.limit(10.0))?;
+    eq(
+        "mapped large, without the one",
+        mapped_large(&guest.map)?,
+        3 * LARGE_KB,
+    )?;
+    guest.map.protect(100 * PAGE, 50 * PAGE, RW)?;
+    guest.fill(90, 160, 9000);
+    guest.holds(90, 160, 9000)?;
+    guest.fill(90, 160, 1);
+    eq("Rss with all touched", rss(&guest.map)?, 4 * LARGE_KB)?;
+    // The whole read-only and back: by 2 MiB, or by 4 KiB, but right.
+    guest.map.protect(LARGE * PAGE, LARGE * PAGE, R)?;
+    guest.holds(LARGE, 2 * LARGE, 1)?;
+    guest.map.protect(LARGE * PAGE, LARGE * PAGE, RW)?;
+    guest.fill(LARGE, 2 * LARGE, 1);
+    // A part unmapped, and mapped again.
+    let at = (2 * LARGE + 10) * PAGE;
+    guest.map.replace(at, 20 * PAGE, None)?;
+    guest.holds(2 * LARGE, 2 * LARGE + 10, 1)?;
+    guest.holds(2 * LARGE + 30, 3 * LARGE, 1)?;
+    guest
+        .map
+        .replace(at, 20 * PAGE, Some((&guest.file, at as u64, RW)))?;
+    guest.holds(2 * LARGE, 3 * LARGE, 1)?;
+    // A part moved elsewhere, within the mapping and out of line.
+    let len = 100 * PAGE;
+    guest.map.shift((3 * LARGE + 3) * PAGE, 10 * PAGE, len)?;
+    for page in 0..100 {
+        let expected = content::page(1 + (3 * LARGE + 3 + page) as u64);
+        page_is("moved", &guest.map.read_page(10 + page), &expected)?;
+    }
+    guest.map.write_page(10, &content::page(4711));
+    let second = Map::shared(&guest.file, 0, 4 * LARGE * PAGE, RW)?;
+    page_is(
+        "a write after the move",
+        &second.read_page(3 * LARGE + 3),
+        &content::page(4711),
+    )?;
+    page_is(
+        "what was under it",
+        &second.read_page(10),
+        &content::page(11),
+    )?;
+    // Moved as a whole.
+    let target = Map::anonymous(4 * LARGE * PAGE)?;
+    let mut second = second;
+    second.move_over(target)?;
+    page_is(
+        "moved as a whole",
+        &second.read_page(777),
+        &content::page(778),
+    )?;
+    second.set(778, 0, 5);
+    huge_is(ctx, "after all that", "web", 4 * LARGE_KB)?;
+    ctx.expect_used("after all that", &mount, "web", 4 * LARGE_KB)?;
+    second.advise(0, 4 * LARGE * PAGE, libc::MADV_DONTNEED)?;
+    eq("Rss after MADV_DONTNEED", rss(&second)?, 0)?;
+    eq("the data stay", second.get(778, 0), 5)?;
+    drop(second);
+    drop(guest.map);
+    guest.file.set_len(0)?;
+    ctx.expect_used("of an empty file", &mount, "web", 0)
+}
+
+fn holes(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, 3 * LARGE)?;
+    guest.fill(0, 3 * LARGE, 1);
+    let hole = |from: usize, pages: usize| {
+        sys::punch(&guest.file, (from * PAGE) as u64, (pages * PAGE) as u64)
+    };
+    hole(7, 1)?;
+    hole(100, 30)?;
+    guest.is_zero(7, 8)?;
+    guest.is_zero(100, 130)?;
+    guest.holds(0, 7, 1)?;
+    guest.holds(8, 100, 1)?;
+    guest.holds(130, LARGE, 1)?;
+    huge_is(ctx, "with some holes", "web", 3 * LARGE_KB)?;
+    eq(
+        "mapped large again",
+        mapped_large(&guest.map)?,
+        3 * LARGE_KB,
+    )?;
+    let seek = |at: usize, whence| sys::lseek(&guest.file, (at * PAGE) as i64, whence);
+    eq("SEEK_HOLE", seek(0, libc::SEEK_HOLE)?, 7 * PAGE as i64)?;
+    eq("SEEK_DATA", seek(7, libc::SEEK_DATA)?, 8 * PAGE as i64)?;
+    eq(
+        "SEEK_DATA behind 30 pages",
+        seek(100, libc::SEEK_DATA)?,
+        130 * PAGE as i64,
+    )?;
+    // What is written into a hole is data again, by mapping and by syscall.
+    guest.map.set(110, 0, 1);
+    guest.file.write_all_at(&[2], (7 * PAGE) as u64)?;
+    eq("SEEK_HOLE", seek(0, libc::SEEK_HOLE)?, 100 * PAGE as i64)?;
+    eq("SEEK_DATA", seek(100, libc::SEEK_DATA)?, 110 * PAGE as i64)?;
+    eq("byte of page 7", guest.map.get(7, 0), 2)?;
+    // A whole one frees at once, also where it was in pieces before.
+    hole(LARGE, LARGE)?;
+    huge_is(ctx, "without one", "web", 2 * LARGE_KB)?;
+    ctx.expect_used("without one", &mount, "web", 2 * LARGE_KB)?;
+    guest.is_zero(LARGE, 2 * LARGE)?;
+    hole(0, LARGE)?;
+    huge_is(ctx, "without two", "web", LARGE_KB)?;
+    // A hole over the border, with parts of pages.
+    sys::punch(
+        &guest.file,
+        ((LARGE + 300) * PAGE + 5) as u64,
+        (712 * PAGE) as u64,
+    )?;
+    guest.holds(2 * LARGE + 501, 3 * LARGE, 1)?;
+    guest.is_zero(2 * LARGE, 2 * LARGE + 500)?;
+    let mut last = [0; PAGE];
+    guest
+        .file
+        .read_exact_at(&mut last, ((2 * LARGE + 500) * PAGE) as u64)?;
+    bytes_are("the zeroed start of a page", &last[..5], &[0; 5])?;
+    bytes_are(
+        "the rest of it",
+        &last[5..],
+        &content::page_bytes((2 * LARGE + 501) as u64)[5..],
+    )?;
+    // And again: it becomes large when it is written.
+    guest.map.set(9, 9, 9);
+    eq("written again", guest.map.get(9, 9), 9)?;
+    guest.is_zero(10, LARGE)?;
+    huge_is(ctx, "written again", "web", 2 * LARGE_KB)
+}
+
+fn truncate(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, 2 * LARGE)?;
+    guest.fill(0, 2 * LARGE, 1);
+    let cut = (LARGE + 100) * PAGE + 10;
+    guest.file.set_len(cut as u64)?;
+    guest.holds(0, LARGE + 100, 1)?;
+    let expected = &content::page_bytes((LARGE + 101) as u64)[..10];
+    let mut page = [1; PAGE];
+    eq(
+        "read at the end",
+        guest
+            .file
+            .read_at(&mut page, ((LARGE + 100) * PAGE) as u64)?,
+        10,
+    )?;
+    bytes_are("before the end", &page[..10], expected)?;
+    let tail = guest.map.read_page(LARGE + 100);
+    that(
+        "zeroes behind the end",
+        tail[2..].iter().all(|&word| word == 0),
+    )?;
+    let stat = ctx.sys().vm("web").stat()?;
+    stat.check_sum()?;
+    eq("size_kb", stat.get("size_kb")?, LARGE_KB + 101 * 4)?;
+    sys::fork(|| {
+        let map = Map::shared(&guest.file, 0, 2 * LARGE * PAGE, RW)?;
+        std::hint::black_box(map.get(LARGE + 101, 0));
+        Ok(())
+    })?
+    .expect_signal(Signal::SIGBUS, ctx.limit(10.0))?;
+    // Longer, but not yet whole.
+    guest.file.set_len(((LARGE + 200) * PAGE) as u64)?;
+    guest.is_zero(LARGE + 101, LARGE + 200)?;
+    guest.fill(LARGE + 150, LARGE + 200, 1);
+    guest.holds(LARGE + 150, LARGE + 200, 1)?;
+    ctx.sys().vm("web").stat()?.check_sum()?;
+    // Whole again, and more.
+    guest.file.set_len((3 * LARGE * PAGE) as u64)?;
+    guest.is_zero(LARGE + 200, 2 * LARGE)?;
+    guest.fill(LARGE + 200, 2 * LARGE, 1);
+    guest.holds(LARGE + 150, 2 * LARGE, 1)?;
+    huge_is(ctx, "whole again", "web", 2 * LARGE_KB)?;
+    // At a border, and to nothing.
+    guest.file.set_len((LARGE * PAGE) as u64)?;
+    huge_is(ctx, "cut at a border", "web", LARGE_KB)?;
+    ctx.expect_used("cut at a border", &mount, "web", LARGE_KB)?;
+    guest.file.set_len(1)?;
+    ctx.sys().vm("web").stat()?.check_sum()?;
+    guest.file.set_len(0)?;
+    ctx.expect_used("of an empty file", &mount, "web", 0)
+}
+
+fn syscalls(ctx: &Ctx) -> Result<()> {
+    let (_mount, guest) = guest(ctx, 2 * LARGE)?;
+    guest.map.set(0, 0, 1);
+    huge_is(ctx, "after a touch", "web", LARGE_KB)?;
+    // Over a border of pages and of regions: the second region gets pages of 4 KiB.
+    let data = pages_bytes(50, 20);
+    let at = (LARGE - 10) * PAGE + 100;
+    guest.file.write_all_at(&data, at as u64)?;
+    huge_is(ctx, "after write(2)", "web", LARGE_KB)?;
+    let mut seen = vec![0; data.len()];
+    guest.file.read_exact_at(&mut seen, at as u64)?;
+    bytes_are("read(2) of what write(2) wrote", &seen, &data)?;
+    let by_map: Vec<u8> = (at..at + data.len())
+        .map(|i| guest.map.bytes()[i].load(Ordering::Relaxed))
+        .collect();
+    bytes_are("the mapping", &by_map, &data)?;
+    guest.map.set(3, 3, 3);
+    let mut word = [0; 8];
+    guest
+        .file
+        .read_exact_at(&mut word, (3 * PAGE + 24) as u64)?;
+    eq("read(2) of a word", u64::from_ne_bytes(word), 3)?;
+    // A VM that was only ever written to by syscalls.
+    let mut whole = vec![0; LARGE * PAGE];
+    guest.file.read_exact_at(&mut whole, 0)?;
+    eq("first word", whole[0], 1)
+}
+
+fn prealloc(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, 4 * LARGE)?;
+    // From the middle of the first region to the middle of the third.
+    let (from, len) = (LARGE / 2 * PAGE, 2 * LARGE * PAGE);
+    sys::fallocate(&guest.file, 0, from as i64, len as i64)?;
+    huge_is(ctx, "of one whole region", "web", LARGE_KB)?;
+    ctx.expect_used("of 4 MiB", &mount, "web", 2 * LARGE_KB)?;
+    sys::fallocate(&guest.file, 0, 0, (4 * LARGE * PAGE) as i64)?;
+    huge_is(ctx, "of two", "web", 2 * LARGE_KB)?;
+    ctx.expect_used("of all", &mount, "web", 4 * LARGE_KB)?;
+    let faults = guest.sysfs(ctx).get("faults")?;
+    guest.is_zero(LARGE, 2 * LARGE)?;
+    guest.fill(LARGE, 2 * LARGE, 1);
+    eq(
+        "faults of 2 MiB",
+        guest.sysfs(ctx).get("faults")? - faults,
+        1,
+    )?;
+    guest.is_zero(0, LARGE)?;
+    guest.is_zero(2 * LARGE, 4 * LARGE)?;
+    guest.holds(LARGE, 2 * LARGE, 1)
+}
+
+fn held(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, 2 * LARGE)?;
+    guest.fill(0, 2 * LARGE, 1);
+    let (reader, writer) = nix::unistd::pipe()?;
+    eq(
+        "bytes in the pipe",
+        sys::vmsplice(&writer, &guest.map, 9 * PAGE, PAGE)?,
+        PAGE,
+    )?;
+    sys::punch(&guest.file, 0, (LARGE * PAGE) as u64)?;
+    huge_is(ctx, "with one in a pipe", "web", LARGE_KB)?;
+    guest.fill(0, LARGE, 5000);
+    let mut seen = vec![0; PAGE];
+    eq(
+        "bytes from the pipe",
+        nix::unistd::read(&reader, &mut seen)?,
+        PAGE,
+    )?;
+    bytes_are("what the pipe held", &seen, &content::page_bytes(10))?;
+    guest.holds(0, LARGE, 5000)?;
+    huge_is(ctx, "written anew", "web", 2 * LARGE_KB)?;
+    drop(guest.map);
+    guest.file.set_len(0)?;
+    ctx.expect_used("of an empty file", &mount, "web", 0)
+}
+
+/// Takes most of memory by pages that the kernel cannot move, and gives every second one back.
+fn in_pieces(ctx: &Ctx) -> Result<()> {
+    always(ctx)?;
+    let sys = ctx.sys();
+    let mount = ctx.mount("m", "size=0,domain=lab,large_pages=never")?;
+    let hog = mount.file("hog", "ram", 0)?;
+    // Until no 2 MiB are left in one piece, but some for the rest of the machine.
+    let step = 16 * LARGE * PAGE;
+    let mut len = 0;
+    while free_kb()? > 220 << 10 {
+        sys::fallocate(&hog, 0, len as i64, step as i64)?;
+        len += step;
+    }
+    let large = ctx.mount("n", "size=0,domain=lab")?;
+    let refused = sys.get("large_pages_refused_no_memory")?;
+    // What is left in one piece now is a large page soon.
+    let eater = large.guest("eater", 128 * LARGE)?;
+    let start = Instant::now();
+    let mut at = 0;
+    while sys.get("large_pages_refused_no_memory")? == refused && at < 128 {
+        eater.map.set(at * LARGE, 0, at as u64 + 1);
+        at += 1;
+        if free_kb()? < 60 << 10 {
+            // Every second page back, so that there is memory, but in pieces.
+            for page in (0..4096).map(|i| (len / PAGE) - 1 - 2 * i) {
+                sys::punch(&hog, (page * PAGE) as u64, PAGE as u64)?;
+            }
+            len -= 8192 * PAGE;
+        }
+        ensure!(
+            start.elapsed() < ctx.limit(40.0),
+            "{at} large pages, none refused"
+        );
+    }
+    that(
+        "a large page was refused",
+        sys.get("large_pages_refused_no_memory")? > refused,
+    )?;
+    for region in 0..at {
+        eq(
+            "its word",
+            eater.map.get(region * LARGE, 0),
+            region as u64 + 1,
+        )?;
+    }
+    let stat = eater.sysfs(ctx).stat()?;
+    stat.check_sum()?;
+    within("private_kb where none was", stat.get("private_kb")?, 4, 64)?;
+    println!("{at} large pages before the first was refused");
+    Ok(())
+}
+
+fn free_kb() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemFree:"))
+        .context("no MemFree in /proc/meminfo")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+/// Regions of the race: the last one is the puncher's.
+const REGIONS: usize = 3;
+
+fn races(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, REGIONS * LARGE)?;
+    let sys = ctx.sys();
+    sys.flat_out()?;
+    let waits = sys.get("waits_for_memory")?;
+    let stop = AtomicBool::new(false);
+    let end = Instant::now() + ctx.span(6.0);
+    let running = || !stop.load(Ordering::Relaxed) && Instant::now() < end;
+    let own = (REGIONS - 1) * LARGE;
+    let results: Vec<Result<u64>> = thread::scope(|scope| {
+        let guest = &guest;
+        let running = &running;
+        let mut threads = Vec::new();
+        // Each counts in a word of its own in every page, by 2 MiB and by 4 KiB.
+        for lane in 0..2usize {
+            threads.push(scope.spawn(move || {
+                let small = across(&guest.file, REGIONS * LARGE)?;
+                let mut round = 0;
+                while running() {
+                    for page in (lane..own).step_by(3) {
+                        let map = if round % 2 == 0 { &small } else { &guest.map };
+                        eq("a word", map.get(page, lane), round)?;
+                        map.set(page, lane, round + 1);
+                    }
+                    round += 1;
+                }
+                for page in (lane..own).step_by(3) {
+                    eq("a word at the end", guest.map.get(page, lane), round)?;
+                }
+                Ok(round)
+            }));
+        }
+        // Maps parts, protects, moves, and lets go.
+        threads.push(scope.spawn(move || {
+            let mut round = 0usize;
+            while running() {
+                let mut map = Map::shared(&guest.file, 0, REGIONS * LARGE * PAGE, RW)?;
+                std::hint::black_box(map.get(round % own, 3));
+                map.protect((round * 7 % (own - 1)) * PAGE, PAGE, R)?;
+                map.set(own - 1, 10, round as u64);
+                map.replace((round * 11 % (own - 1)) * PAGE, PAGE, None)?;
+                map.advise(0, LARGE * PAGE, libc::MADV_DONTNEED)?;
+                map.move_over(Map::anonymous(REGIONS * LARGE * PAGE)?)?;
+                eq("a word of its own", map.get(own - 1, 10), round as u64)?;
+                round += 1;
+            }
+            Ok(round as u64)
+        }));
+        // Owns the last region: holes of every size, checked at once.
+        threads.push(scope.spawn(move || {
+            let mut round = 0usize;
+            while running() {
+                guest.fill(own, own + LARGE, round as u64);
+                let from = round * 37 % LARGE;
+                let pages = match round % 3 {
+                    0 => LARGE,
+                    _ => (round * 5 % 90 + 1).min(LARGE - from),
+                };
+                let from = own + if pages == LARGE { 0 } else { from };
+                sys::punch(&guest.file, (from * PAGE) as u64, (pages * PAGE) as u64)?;
+                guest.is_zero(from, from + pages)?;
+                guest.holds(own, from, round as u64)?;
+                guest.holds(from + pages, own + LARGE, round as u64)?;
+                round += 1;
+            }
+            Ok(round as u64)
+        }));
+        threads
+            .into_iter()
+            .map(|thread| {
+                let result = thread
+                    .join()
+                    .unwrap_or_else(|_| Err(anyhow::anyhow!("a thread panicked")));
+                if result.is_err() {
+                    stop.store(true, Ordering::Relaxed);
+                }
+                result
+            })
+            .collect()
+    });
+    eq(
+        "faults that waited for memory",
+        sys.get("waits_for_memory")? - waits,
+        0,
+    )?;
+    let mut rounds = Vec::new();
+    for result in results {
+        rounds.push(result?);
+    }
+    println!("rounds {rounds:?}");
+    that("every thread made a round", rounds.iter().all(|&n| n > 0))?;
+    ctx.sys().vm("web").stat()?.check_sum()?;
+    drop(guest.map);
+    guest.file.set_len(0)?;
+    ctx.expect_used("of an empty file", &mount, "web", 0)
+}
