@@ -3,10 +3,12 @@
  * One-line inlines and operation tables, nothing that decides. See helpers.h.
  */
 #include <linux/kthread.h>
+#include <linux/memcontrol.h>
 #include <linux/module.h>
 #include <linux/pagemap.h>
 #include <linux/prefetch.h>
 #include <linux/ratelimit.h>
+#include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
 #include <linux/xxhash.h>
@@ -15,6 +17,8 @@
 /* Pages. Guest frames count against the cgroup of the task that faults; shared ones are the host's. */
 const gfp_t thinram_gfp_guest = GFP_HIGHUSER | __GFP_ACCOUNT | __GFP_NOWARN;
 const gfp_t thinram_gfp_guest_zeroed = GFP_HIGHUSER | __GFP_ACCOUNT | __GFP_NOWARN | __GFP_ZERO;
+const gfp_t thinram_gfp_returned =
+	GFP_HIGHUSER | __GFP_ACCOUNT | __GFP_NORETRY | __GFP_NOWARN;
 const gfp_t thinram_gfp_shared = GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOWARN;
 
 struct page *thinram_page_alloc(gfp_t gfp, int nid)
@@ -179,6 +183,22 @@ vm_fault_t thinram_huge_insert(struct vm_fault *vmf, struct page *page, bool wri
 }
 #endif
 
+/* Memory cgroups. */
+struct mem_cgroup *thinram_memcg_of_current(void)
+{
+	return current->mm ? get_mem_cgroup_from_mm(current->mm) : NULL;
+}
+
+void thinram_memcg_put(struct mem_cgroup *memcg)
+{
+	mem_cgroup_put(memcg);
+}
+
+struct mem_cgroup *thinram_memcg_charge_to(struct mem_cgroup *memcg)
+{
+	return set_active_memcg(memcg);
+}
+
 /* Tasks and time. */
 bool thinram_fatal_signal_pending(void)
 {
@@ -205,6 +225,11 @@ bool thinram_ratelimit(void)
 	static DEFINE_RATELIMIT_STATE(limit, 5 * HZ, 20);
 
 	return __ratelimit(&limit);
+}
+
+bool thinram_is_kernel_thread(void)
+{
+	return current->flags & PF_KTHREAD;
 }
 
 int thinram_owner_pid(void)
@@ -254,6 +279,11 @@ void thinram_vma_prepare(struct vm_area_desc *desc)
 	/* DONTEXPAND also keeps KSM, khugepaged, mlock, MGLRU and userfaultfd away. */
 	vma_desc_set_flags(desc, VMA_DONTEXPAND_BIT, VMA_DONTDUMP_BIT, VMA_DONTCOPY_BIT);
 	desc->vm_ops = &thinram_vm_ops;
+}
+
+bool thinram_vma_read_only(const struct vm_area_struct *vma)
+{
+	return !(vma->vm_flags & VM_MAYWRITE);
 }
 
 struct inode *thinram_vma_inode(const struct vm_area_struct *vma)
@@ -439,6 +469,11 @@ unsigned int thinram_dentry_name_len(const struct dentry *dentry)
 bool thinram_is_dir(const struct inode *inode)
 {
 	return S_ISDIR(inode->i_mode);
+}
+
+bool thinram_file_read_only(const struct file *file)
+{
+	return !(file->f_mode & FMODE_WRITE);
 }
 
 struct inode *thinram_file_inode(const struct file *file)

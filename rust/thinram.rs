@@ -76,7 +76,7 @@ impl kernel::Module for ThinRam {
         let reference = HostReference;
         let sysfs = SysfsTree;
         let work = Arc::new(Scanner(host.clone()), GFP_KERNEL)?;
-        let scanner = Thread::start(c"thinramd", work)?;
+        let scanner = Thread::start(c"thinram_scan", work)?;
         let work = Arc::new(Reclaimer(host.clone()), GFP_KERNEL)?;
         let reclaimer = Thread::start(c"thinram_reclaim", work)?;
         let debug = glue::debug::DebugFiles::new(host)?;

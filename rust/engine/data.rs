@@ -64,7 +64,8 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
             } else {
                 Purpose::Guest
             };
-            spare = Some((Frame::alloc(purpose, -1).ok_or(ENOMEM)?, wants_zeroed));
+            let frame = Frame::alloc(purpose, region.node());
+            spare = Some((frame.ok_or(ENOMEM)?, wants_zeroed));
         }
         let mut guard = region.lock();
         if guard.is_retired() || page >= backing.pages() {
@@ -151,7 +152,10 @@ pub(crate) fn preallocate(backing: &Backing, from: u64, to: u64) -> Result {
         if region.peek(index).state() != State::Empty {
             continue;
         }
-        let mut spare = Some((Frame::alloc(Purpose::GuestZeroed, -1).ok_or(ENOSPC)?, true));
+        let frame = backing
+            .vm()
+            .pays(|| Frame::alloc(Purpose::GuestZeroed, region.node()));
+        let mut spare = Some((frame.ok_or(ENOSPC)?, true));
         let mut guard = region.lock();
         if guard.slot(index).state() == State::Empty {
             make_private(backing, &mut guard, index, &mut spare)?;

@@ -107,8 +107,11 @@ fn answer(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
     loop {
         if let (None, Some(purpose)) = (&spare, frame_for(region.peek(index), write)) {
             let zeroed = purpose == Purpose::GuestZeroed;
-            match fault.alloc(purpose) {
-                Some(frame) => spare = Some(Spare { frame, zeroed }),
+            match backing.vm().pays_for_kernel(|| fault.alloc(purpose)) {
+                Some(frame) => {
+                    region.prefer_node(frame.as_ref().node());
+                    spare = Some(Spare { frame, zeroed });
+                }
                 None if make_writable => {
                     region.lock().zap(index);
                     return Answer::Done;

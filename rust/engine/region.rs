@@ -16,11 +16,11 @@ use crate::{
     sys::{
         huge::HugeFrame,
         mapping::Mapping,
-        page::{Frame, PageRef},
-        slots::{Content, Sharer, SlotKey, SlotWords, SLOTS},
+        page::PageRef,
+        slots::{Content, SlotKey, SlotWords, SLOTS},
     },
 };
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use kernel::{
     new_mutex, new_spinlock,
     page::PAGE_SIZE,
@@ -50,6 +50,9 @@ pub(crate) struct Region {
     /// Number of the first page within the file.
     first_page: u64,
     vm: Arc<Vm>,
+    /// The NUMA node of its first frame, -1 before: for frames that are allocated where no policy of
+    /// the guest's is at hand.
+    node: AtomicI32,
     words: SlotWords,
     /// Tasks that wait for the lock: the scanner makes way for them.
     waiters: AtomicU32,
@@ -66,6 +69,7 @@ impl Region {
                 id: AtomicU32::new(u32::MAX),
                 first_page,
                 vm,
+                node: AtomicI32::new(-1),
                 words,
                 waiters: AtomicU32::new(0),
                 inner <- new_mutex!(
@@ -84,6 +88,18 @@ impl Region {
     /// The VM that the region belongs to.
     pub(crate) fn vm(&self) -> &Arc<Vm> {
         &self.vm
+    }
+
+    /// The node that its frames should lie on, -1 for any.
+    pub(crate) fn node(&self) -> i32 {
+        self.node.load(Ordering::Relaxed)
+    }
+
+    /// Notes where the policy of a faulting process put a frame; the first one counts.
+    pub(crate) fn prefer_node(&self, node: i32) {
+        let _ = self
+            .node
+            .compare_exchange(-1, node, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// The region's number on the host.
@@ -283,20 +299,6 @@ impl RegionGuard<'_> {
         counts.move_page(counted_as(old), counted_as(new));
         counts.reclassify(known_class(old), known_class(new));
         owned
-    }
-
-    /// Gives a Shared slot the frame that `claim` gets for its sharer; no mapping may show the page.
-    pub(crate) fn claim(
-        &mut self,
-        index: usize,
-        claim: impl FnOnce(Sharer) -> core::result::Result<Frame, Sharer>,
-    ) {
-        if self.region.words.claim(&mut self.inner.key, index, claim) {
-            self.set_protected(index, false);
-            let mut counts = self.region.vm.counts();
-            counts.move_page(counts::Class::Shared, counts::Class::Private);
-            counts.reclassify(None, Some(Class::Unchecked));
-        }
     }
 
     /// Takes the page out of every page table.

@@ -88,8 +88,8 @@ pub(crate) fn apply(host: &Host, change: &Change<'_>) -> Result {
         };
         new == Scope::NONE || !stays
     };
-    let mut frames = frames_for(host, &breaks)?;
-    break_shares(host, &breaks, &mut frames)?;
+    let mut reserves = frames_for(host, vms.iter(), &breaks)?;
+    break_shares(host, &breaks, &mut reserves)?;
     if let Change::Unshare = change {
         return Ok(());
     }
@@ -164,29 +164,73 @@ fn groups(host: &Host, change: &Change<'_>, now: ShareScope) -> Result<KVVec<Gro
     Ok(groups)
 }
 
+/// Frames for the slots of one VM, at its expense.
+struct Reserve {
+    vm: Arc<Vm>,
+    needed: usize,
+    frames: KVVec<Frame>,
+}
+
+/// Frames for every VM's slots.
+struct Reserves {
+    of: KVVec<Reserve>,
+    /// The one that was asked for last: the slots of a VM come one after the other.
+    last: usize,
+}
+
+impl Reserves {
+    fn of(&mut self, vm: &Vm) -> Option<&mut Reserve> {
+        let is_it = |reserve: &Reserve| reserve.vm.id() == vm.id();
+        if !self.of.get(self.last).is_some_and(is_it) {
+            self.last = self.of.iter().position(is_it)?;
+        }
+        self.of.get_mut(self.last)
+    }
+}
+
 /// One frame for each slot that will be broken, or none at all.
-fn frames_for(host: &Host, breaks: &dyn Fn(&RegionGuard<'_>, u32) -> bool) -> Result<KVVec<Frame>> {
-    let mut needed = 0usize;
+fn frames_for<'a>(
+    host: &Host,
+    vms: impl Iterator<Item = &'a Arc<Vm>>,
+    breaks: &dyn Fn(&RegionGuard<'_>, u32) -> bool,
+) -> Result<Reserves> {
+    let mut reserves = Reserves {
+        of: KVVec::new(),
+        last: 0,
+    };
+    for vm in vms {
+        let reserve = Reserve {
+            vm: vm.clone(),
+            needed: 0,
+            frames: KVVec::new(),
+        };
+        reserves.of.push(reserve, GFP_KERNEL)?;
+    }
     each_shared(host, &mut |guard, _, record| {
-        needed = needed.saturating_add(usize::from(breaks(guard, record)));
+        if breaks(guard, record) {
+            let reserve = reserves.of(guard.region().vm()).ok_or(ENOMEM)?;
+            reserve.needed = reserve.needed.saturating_add(1);
+        }
         Ok(())
     })?;
-    let mut frames = KVVec::with_capacity(needed, GFP_KERNEL)?;
-    for _ in 0..needed {
-        let frame = Frame::alloc(Purpose::Shared, -1).ok_or(ENOMEM)?;
-        frames.push(frame, GFP_KERNEL)?;
-        if task::fatal_signal_pending() {
-            return Err(EINTR);
+    for reserve in reserves.of.iter_mut() {
+        reserve.frames.reserve(reserve.needed, GFP_KERNEL)?;
+        for _ in 0..reserve.needed {
+            let frame = reserve.vm.pays(|| Frame::alloc(Purpose::Returned, -1));
+            reserve.frames.push(frame.ok_or(ENOMEM)?, GFP_KERNEL)?;
+            if task::fatal_signal_pending() {
+                return Err(EINTR);
+            }
+            task::cond_resched();
         }
-        task::cond_resched();
     }
-    Ok(frames)
+    Ok(reserves)
 }
 
 fn break_shares(
     host: &Host,
     breaks: &dyn Fn(&RegionGuard<'_>, u32) -> bool,
-    frames: &mut KVVec<Frame>,
+    reserves: &mut Reserves,
 ) -> Result {
     each_shared(host, &mut |guard, index, record| {
         if !breaks(guard, record) {
@@ -198,7 +242,8 @@ fn break_shares(
             return Ok(());
         }
         // Guests only ever break shares meanwhile, so the frames suffice.
-        let mut own = frames.pop().ok_or(ENOMEM)?;
+        let reserve = reserves.of(guard.region().vm()).ok_or(ENOMEM)?;
+        let mut own = reserve.frames.pop().ok_or(ENOMEM)?;
         own.copy_from(shared.as_ref()).map_err(|_| EIO)?;
         drop(shared);
         guard.zap(index);

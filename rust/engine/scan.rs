@@ -15,7 +15,7 @@ use super::{
     merge::{self, Outcome},
     region::{Region, RegionGuard},
     shared::Key,
-    vm::Scope,
+    vm::{Scope, Vm},
 };
 use crate::{
     logic::{
@@ -27,11 +27,11 @@ use crate::{
         clock,
         hash::{self, Seed},
         page::{Frame, Purpose},
-        slots::SLOTS,
+        slots::{Content, SLOTS},
         task::{self, Work},
     },
 };
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::sync::Arc;
 
 /// The thread's work.
@@ -83,6 +83,8 @@ struct Walk {
     spare: Option<Frame>,
     /// The node that it was asked for: with `merge_across_nodes` 0, that of the next page.
     spare_node: i32,
+    /// A frame for the next page that is given back to a VM, at that VM's expense.
+    own: Option<(u32, Frame)>,
     /// End of the pages that were considered for protection.
     window: usize,
     /// The scope of the last visit, with its seed and the hash of a zero page.
@@ -111,6 +113,7 @@ impl Walk {
             window: 0,
             spare: None,
             spare_node: ANY_NODE,
+            own: None,
             known: None,
             dirty: true,
             found: false,
@@ -205,6 +208,7 @@ impl Walk {
 
     /// Looks at up to `left` pages of one region, from where the walk is.
     fn visit(&mut self, host: &Host, region: &Region, visit: &Visit, left: usize) -> usize {
+        let vm = region.vm();
         let end = self.index.saturating_add(left).min(SLOTS);
         let from = self.index;
         let mut skipped = 0u64;
@@ -220,8 +224,9 @@ impl Walk {
             if self.index >= end {
                 break;
             }
-            if self.spare.is_none() {
-                self.spare = Frame::alloc(Purpose::Shared, self.spare_node);
+            if !self.provide(host, region) {
+                self.index += 1;
+                continue;
             }
             let mut guard = region.lock();
             if guard.is_retired() {
@@ -233,7 +238,8 @@ impl Walk {
             while self.index < end.min(self.window) {
                 let slot = guard.slot(self.index);
                 if needs_look(slot, visit.pass, self.index) {
-                    if !self.has_spare_for(&guard, visit) {
+                    let is_given_back = slot.state() == State::Shared && is_alone(host, slot);
+                    if !self.has_spare_for(&guard, visit) || is_given_back && !self.has_own(vm) {
                         break;
                     }
                     if slot.state() == State::Private {
@@ -286,6 +292,32 @@ impl Walk {
         false
     }
 
+    /// Whether there is a frame that was allocated at the expense of `vm`.
+    fn has_own(&self, vm: &Vm) -> bool {
+        matches!(self.own, Some((id, _)) if id == vm.id())
+    }
+
+    /// Allocates what the page at hand may need, with no lock held. False if there is no memory for a
+    /// page that cannot do without.
+    fn provide(&mut self, host: &Host, region: &Region) -> bool {
+        if self.spare.is_none() {
+            self.spare = Frame::alloc(Purpose::Shared, self.spare_node);
+        }
+        let vm = region.vm();
+        let slot = region.peek(self.index);
+        if slot.state() != State::Shared || !is_alone(host, slot) {
+            return true;
+        }
+        if !self.has_own(vm) {
+            let own = vm.pays(|| Frame::alloc(Purpose::Returned, region.node()));
+            self.own = own.map(|own| (vm.id(), own));
+        }
+        if self.own.is_none() {
+            count(&host.refusals.no_memory);
+        }
+        self.own.is_some()
+    }
+
     /// Write-protects the next window of pages, once a pass, when they were mostly unchanged lately.
     fn protect_if_calm(&mut self, guard: &mut RegionGuard<'_>) {
         /// Pages that are protected in one go, with the lock held.
@@ -312,7 +344,14 @@ impl Walk {
                 _ => {}
             }
         }
-        if open > 0 && wild * CALM < (self.window - self.index).max(CALM) {
+        // The kernel's walk ends at a mapping that can never write, and would leave others writable.
+        let watched = guard
+            .region()
+            .vm()
+            .read_only_mappings
+            .load(Ordering::Relaxed)
+            == 0;
+        if watched && open > 0 && wild * CALM < (self.window - self.index).max(CALM) {
             guard.protect(first, last - first + 1);
         }
     }
@@ -321,10 +360,10 @@ impl Walk {
     fn look(&mut self, host: &Host, guard: &mut RegionGuard<'_>, visit: &Visit, slot: Slot) {
         let index = self.index;
         if slot.state() == State::Shared {
-            if host.index().sharers(slot.record()) == 1 {
-                reclaim_last(host, guard, index, &mut self.spare);
-            } else {
+            if !is_alone(host, slot) {
                 merge::unite(host, guard, index, visit.rules);
+            } else if let Some((_, own)) = self.own.take() {
+                give_back(host, guard, index, own);
             }
             return;
         }
@@ -409,32 +448,34 @@ fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
     }
 }
 
-/// A shared frame with one sharer left becomes that slot's own again, if nobody else holds it: a
-/// pipe or a pin that was taken through another sharer must never see what is written from here on.
-/// Otherwise the slot gets a copy.
-fn reclaim_last(host: &Host, guard: &mut RegionGuard<'_>, index: usize, spare: &mut Option<Frame>) {
-    if spare.is_none() {
+/// Gives a sharer that is alone a copy of its own, and the shared frame back to the host. The shared
+/// frame itself is nobody's: a pipe or a pin that was taken through another sharer must never see
+/// what is written from here on, and its memory was never charged.
+fn give_back(host: &Host, guard: &mut RegionGuard<'_>, index: usize, mut own: Frame) {
+    let slot = guard.slot(index);
+    let Some(shared) = host.index().frame(slot.record()) else {
+        return;
+    };
+    if own.copy_from(shared.as_ref()).is_err() {
+        count(&host.refusals.poisoned);
         return;
     }
+    drop(shared);
     guard.zap(index);
-    guard.claim(index, |sharer| {
-        // Frozen only once the record is gone: nobody finds the frame through it any more.
-        let frame = host.index().take_last(sharer)?;
-        if frame.as_ref().freeze().is_some() {
-            return Ok(frame);
-        }
-        let Some(mut copy) = spare.take() else {
-            return Ok(frame);
-        };
-        // Memory that cannot be read is nobody's secret: the slot keeps it, and faults say so.
-        Ok(match copy.copy_from(frame.as_ref()) {
-            Ok(()) => copy,
-            Err(_) => frame,
-        })
-    });
+    host.release(guard.set(index, Content::Private(own), slot.backoff()));
 }
 
-/// Lets those who wait for the region have it.
+/// Whether a Shared slot is its record's only sharer.
+fn is_alone(host: &Host, slot: Slot) -> bool {
+    host.index().sharers(slot.record()) == 1
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Lets those who wait for the region have it. The mutex hands itself over to who waits longest, so
+/// this need not sleep, and must not: the policy is locked.
 fn give_way(region: &Region) {
     const TRIES: u32 = 100;
     for _ in 0..TRIES {
@@ -444,7 +485,6 @@ fn give_way(region: &Region) {
         task::cond_resched();
         core::hint::spin_loop();
     }
-    task::sleep_killable(1000);
 }
 
 impl Host {

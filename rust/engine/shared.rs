@@ -200,18 +200,6 @@ impl SharedIndex {
         }
     }
 
-    /// Hands the frame to the only sharer that is left.
-    pub(crate) fn take_last(&self, sharer: Sharer) -> Result<Frame, Sharer> {
-        let mut inner = self.lock();
-        let id = sharer.record();
-        let label = inner.records.page(id).map(|page| page.label());
-        let frame = inner.records.take_last(sharer)?;
-        if let Some(label) = label {
-            inner.catalog.remove(label.hash, Entry::Stable(id));
-        }
-        Ok(frame)
-    }
-
     /// Leaves a hint. False when there was no place for it.
     pub(crate) fn hint(&self, hash: u64, page_id: u32, registry: &Registry) -> bool {
         let mut inner = self.lock();

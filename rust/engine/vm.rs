@@ -11,7 +11,7 @@ use crate::{
         slot,
         tunables::{LargePages, ShareScope},
     },
-    sys::kobj::Directory,
+    sys::{cgroup::Payer, kobj::Directory, task},
 };
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use kernel::{
@@ -128,8 +128,13 @@ pub(crate) struct Vm {
     #[pin]
     scan_budget: SpinLock<TokenBucket>,
     owner_pid: AtomicI32,
+    /// The cgroup of the process that mapped its memory last: it pays where a kernel thread allocates.
+    #[pin]
+    payer: SpinLock<Option<Arc<Payer>>>,
     /// Mappings of its files.
     pub(crate) mappings: AtomicU64,
+    /// Those of them that can never write.
+    pub(crate) read_only_mappings: AtomicU64,
     /// Files; changed under the VM list's lock.
     files: AtomicU32,
     #[pin]
@@ -232,21 +237,52 @@ impl Vm {
         self.large_pages.store(index, Ordering::Relaxed);
     }
 
-    /// A mapping was made by process `pid`.
-    pub(crate) fn mapped_by(&self, pid: i32) {
+    /// A mapping was made by the running process, which is `pid`.
+    pub(crate) fn mapped_by(&self, pid: i32, read_only: bool) {
         self.owner_pid.store(pid, Ordering::Relaxed);
-        self.mappings.fetch_add(1, Ordering::Relaxed);
+        self.set_payer(Payer::of_current());
+        self.mapping_added(read_only);
     }
 
     /// A mapping was copied or split.
-    pub(crate) fn mapping_added(&self) {
+    pub(crate) fn mapping_added(&self, read_only: bool) {
         self.mappings.fetch_add(1, Ordering::Relaxed);
+        if read_only {
+            self.read_only_mappings.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// A mapping ended.
-    pub(crate) fn mapping_ended(&self) {
+    pub(crate) fn mapping_ended(&self, read_only: bool) {
+        if read_only {
+            self.read_only_mappings.fetch_sub(1, Ordering::Relaxed);
+        }
         if self.mappings.fetch_sub(1, Ordering::Relaxed) == 1 {
             self.owner_pid.store(0, Ordering::Relaxed);
+            self.set_payer(None);
+        }
+    }
+
+    /// Without memory for the note, whoever faults pays.
+    fn set_payer(&self, payer: Option<Payer>) {
+        let payer = payer.and_then(|payer| Arc::new(payer, GFP_KERNEL).ok());
+        let before = core::mem::replace(&mut *self.payer.lock(), payer);
+        drop(before);
+    }
+
+    /// Runs `f`, whose charged allocations are at the expense of the VM's cgroup.
+    pub(crate) fn pays<R>(&self, f: impl FnOnce() -> R) -> R {
+        let payer = self.payer.lock().clone();
+        Payer::pays(payer.as_deref(), f)
+    }
+
+    /// The same where a process pays for itself: for a fault, which may be a process's own or that of
+    /// a kernel thread (KVM's asynchronous faults).
+    pub(crate) fn pays_for_kernel<R>(&self, f: impl FnOnce() -> R) -> R {
+        if task::is_kernel_thread() {
+            self.pays(f)
+        } else {
+            f()
         }
     }
 
@@ -510,7 +546,9 @@ impl Vm {
                 large_pages: AtomicU8::new(AS_HOST),
                 scan_budget <- new_spinlock!(TokenBucket::new(0), "thinram_vm_budget"),
                 owner_pid: AtomicI32::new(0),
+                payer <- new_spinlock!(None, "thinram_vm_payer"),
                 mappings: AtomicU64::new(0),
+                read_only_mappings: AtomicU64::new(0),
                 files: AtomicU32::new(1),
                 directory <- new_mutex!(None, "thinram_vm_directory"),
             }),

@@ -4,7 +4,7 @@
 
 use super::node;
 use crate::{
-    engine::{backing::Backing, fault, huge, vm::Vm},
+    engine::{backing::Backing, fault, huge},
     sys::{
         bindings,
         fault::{Answer, Fault},
@@ -90,7 +90,10 @@ unsafe extern "C" fn thinram_rs_page_mkwrite(vmf: *mut bindings::vm_fault) -> bi
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_open(vma: *mut bindings::vm_area_struct) {
     // SAFETY: By the caller.
-    unsafe { with_backing(vma, |backing| Vm::mapping_added(backing.vm())) };
+    unsafe {
+        let read_only = bindings::thinram_vma_read_only(vma);
+        with_backing(vma, |backing| backing.vm().mapping_added(read_only))
+    };
 }
 
 /// # Safety
@@ -99,7 +102,10 @@ unsafe extern "C" fn thinram_rs_open(vma: *mut bindings::vm_area_struct) {
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_close(vma: *mut bindings::vm_area_struct) {
     // SAFETY: By the caller.
-    unsafe { with_backing(vma, |backing| Vm::mapping_ended(backing.vm())) };
+    unsafe {
+        let read_only = bindings::thinram_vma_read_only(vma);
+        with_backing(vma, |backing| backing.vm().mapping_ended(read_only))
+    };
 }
 
 /// # Safety
@@ -114,9 +120,13 @@ unsafe extern "C" fn thinram_rs_mapped(
     _private: *mut *mut c_void,
 ) -> c_int {
     // SAFETY: The file is one of ours and is held by the mapping.
-    let node = unsafe { node::of_inode(bindings::thinram_file_inode(file)) };
+    let (node, read_only) = unsafe {
+        let node = node::of_inode(bindings::thinram_file_inode(file));
+        (node, bindings::thinram_file_read_only(file))
+    };
     super::errno(node.and_then(|node| {
-        node.file()?.vm().mapped_by(task::owner_pid());
+        let vm = node.file()?.vm();
+        vm.mapped_by(task::owner_pid(), read_only);
         Ok(())
     }))
 }

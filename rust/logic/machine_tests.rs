@@ -255,10 +255,11 @@ impl Machine {
         match slot.state() {
             State::Empty | State::Zero | State::Huge => return,
             State::Shared => {
-                if let Some(pfn) = self.records.take_last(slot.record()) {
-                    self.unlist(slot.record());
-                    let own = Slot::private(pfn).with_backoff(slot.backoff());
-                    self.set(page, own);
+                let shared = self.records.get(slot.record()).unwrap();
+                if shared.sharers == 1 {
+                    let own = self.frames.alloc(self.frames.get(shared.pfn));
+                    let old = self.set(page, Slot::private(own).with_backoff(slot.backoff()));
+                    self.release(old);
                 }
                 return;
             }

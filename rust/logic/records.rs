@@ -279,13 +279,6 @@ impl<S: RecordStore> Records<S> {
         Ok(Dropped::Left(sharers))
     }
 
-    /// Where exactly one sharer is left: frees the record and hands its frame over.
-    pub fn take_last(&mut self, id: u32) -> Option<u64> {
-        let shared = self.get(id).filter(|shared| shared.sharers == 1)?;
-        self.release(id)?;
-        Some(shared.pfn)
-    }
-
     /// Frees a record that has one sharer.
     fn release(&mut self, id: u32) -> Option<()> {
         self.set(id.into(), Record::free(self.free))?;
@@ -411,7 +404,6 @@ mod tests {
             assert_eq!(records.get(id), None);
             assert_eq!(records.add_sharer(id, 9), Err(Full));
             assert_eq!(records.drop_sharer(id), Err(Unknown));
-            assert_eq!(records.take_last(id), None);
         }
         assert_eq!(
             (records.len(), records.sharers(), records.pages_sharing()),
@@ -425,7 +417,6 @@ mod tests {
         Alloc { pfn: u64, sharers: u32 },
         Add { pick: usize, max: u32 },
         Drop { pick: usize },
-        TakeLast { pick: usize },
     }
 
     fn op() -> impl Strategy<Value = Op> {
@@ -434,7 +425,6 @@ mod tests {
             20 => (0..=PFN_MAX, 1u32..4).prop_map(|(pfn, sharers)| Op::Alloc { pfn, sharers }),
             10 => (any::<usize>(), 1u32..6).prop_map(|(pick, max)| Op::Add { pick, max }),
             20 => any::<usize>().prop_map(|pick| Op::Drop { pick }),
-            5 => any::<usize>().prop_map(|pick| Op::TakeLast { pick }),
         ]
     }
 
@@ -481,13 +471,6 @@ mod tests {
                             Dropped::Last { pfn }
                         };
                         prop_assert_eq!(records.drop_sharer(id), Ok(dropped));
-                    },
-                    Op::TakeLast { pick } => if let Some(id) = picked(pick) {
-                        let last = (model[&id].sharers == 1).then_some(model[&id].pfn);
-                        if last.is_some() {
-                            model.remove(&id);
-                        }
-                        prop_assert_eq!(records.take_last(id), last);
                     },
                 }
                 let sharers = model.values().map(|shared| u64::from(shared.sharers)).sum::<u64>();

@@ -143,15 +143,6 @@ impl FrameRecords {
             _ => AfterDrop::Shared,
         }
     }
-
-    /// Hands the frame over to the only sharer that is left; the sharer is gone then.
-    pub(crate) fn take_last(&mut self, sharer: Sharer) -> Result<Frame, Sharer> {
-        match self.0.take_last(sharer.record()) {
-            // SAFETY: As in `leave`.
-            Some(pfn) => Ok(unsafe { Frame::from_pfn(pfn) }),
-            None => Err(sharer),
-        }
-    }
 }
 
 /// Allocates a page of a table in place: a page is too large for the stack of a fault.

@@ -4,6 +4,7 @@
 //! home of `unsafe`. Nothing here decides anything.
 
 pub(crate) mod bindings;
+pub(crate) mod cgroup;
 pub(crate) mod clock;
 pub(crate) mod fault;
 pub(crate) mod frames;

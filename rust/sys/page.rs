@@ -17,6 +17,9 @@ pub(crate) enum Purpose {
     Guest,
     /// The same, zeroed.
     GuestZeroed,
+    /// A guest's own page that a share gives back, about to be overwritten whole; charged, and
+    /// nobody is killed for it: it is not a guest that asks.
+    Returned,
     /// A frame that several share: the host's.
     Shared,
 }
@@ -28,6 +31,7 @@ impl Purpose {
             match self {
                 Purpose::Guest => bindings::thinram_gfp_guest,
                 Purpose::GuestZeroed => bindings::thinram_gfp_guest_zeroed,
+                Purpose::Returned => bindings::thinram_gfp_returned,
                 Purpose::Shared => bindings::thinram_gfp_shared,
             }
         }

@@ -123,32 +123,6 @@ impl SlotWords {
         }
     }
 
-    /// Turns a Shared slot into a Private one, in one step for those who look without the lock:
-    /// `claim` gets the slot's sharer and answers with the frame, or with the sharer if it stays.
-    pub(crate) fn claim(
-        &self,
-        _key: &mut SlotKey,
-        index: usize,
-        claim: impl FnOnce(Sharer) -> Result<Frame, Sharer>,
-    ) -> bool {
-        let Some(word) = self.0.get(index) else {
-            return false;
-        };
-        let slot = Slot::from_word(word.load(Ordering::Relaxed));
-        if slot.state() != State::Shared {
-            return false;
-        }
-        match claim(Sharer::new(slot.record())) {
-            Ok(frame) => {
-                let own = Slot::private(frame.into_pfn()).with_backoff(slot.backoff());
-                word.store(own.word(), Ordering::Relaxed);
-                true
-            }
-            // The slot is the sharer's owner still.
-            Err(Sharer(_)) => false,
-        }
-    }
-
     /// The frame of a Private slot, for as long as the key is borrowed.
     #[inline]
     pub(crate) fn page<'a>(&'a self, _key: &'a SlotKey, index: usize) -> Option<PageRef<'a>> {

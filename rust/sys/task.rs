@@ -31,6 +31,12 @@ pub(crate) fn sleep_killable(us: u64) {
     unsafe { bindings::schedule_timeout_killable(isize::try_from(ticks).unwrap_or(1).max(1)) };
 }
 
+/// Whether the running task is a kernel thread, which no process pays for.
+pub(crate) fn is_kernel_thread() -> bool {
+    // SAFETY: Looks at the current task.
+    unsafe { bindings::thinram_is_kernel_thread() }
+}
+
 /// Process id of the running task, in the initial namespace.
 pub(crate) fn owner_pid() -> i32 {
     // SAFETY: Looks at the current task.

@@ -257,7 +257,7 @@ impl Scanner for Thinram {
         &self.dir
     }
     fn thread(&self) -> &str {
-        "thinram"
+        "thinram_scan"
     }
     fn metadata(&self) -> Result<u64> {
         self.number("metadata_bytes")
@@ -274,7 +274,7 @@ fn minor_faults() -> Result<u64> {
     Ok(field.parse()?)
 }
 
-/// The kernel thread whose name starts with `name`; of several, the one that scans.
+/// The one kernel thread of this name.
 fn thread(name: &str) -> Result<u32> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
@@ -283,19 +283,15 @@ fn thread(name: &str) -> Result<u32> {
             .file_name()
             .and_then(|n| n.to_str())
             .and_then(|n| n.parse().ok());
-        let (Some(pid), Ok(comm)) = (pid, read(path.join("comm"))) else {
-            continue;
-        };
-        if comm.starts_with(name) && pid != std::process::id() {
-            found.push((comm, pid));
+        if let (Some(pid), Ok(comm)) = (pid, read(path.join("comm"))) {
+            if comm == name {
+                found.push(pid);
+            }
         }
     }
-    if found.len() > 1 {
-        found.retain(|(comm, _)| comm.contains("scan"));
-    }
     match &found[..] {
-        [(_, pid)] => Ok(*pid),
-        _ => bail!("want one scanning thread called {name}..., found {found:?}"),
+        [pid] => Ok(*pid),
+        _ => bail!("want one thread called {name}, found {found:?}"),
     }
 }
 

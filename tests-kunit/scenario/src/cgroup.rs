@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
-use crate::check::{eq, skip, that, within};
+use crate::check::{eq, fails, skip, that, within};
 use crate::content;
 use crate::ctx::{Ctx, Guest};
 use crate::harness::Case;
@@ -26,7 +27,7 @@ pub const CASES: &[Case] = &[
     ),
     Case::thinram(
         "memcg/shared",
-        "shared and zero frames, and what `run` 2 gives back, are charged to nobody",
+        "shared and zero frames are charged to nobody; what `run` 2 gives back is",
         shared,
     ),
     Case::thinram(
@@ -220,13 +221,26 @@ fn shared(ctx: &Ctx) -> Result<()> {
         format!("{PAGES} shared frames are charged to nobody: {left}"),
         left < SLACK,
     )?;
-    // Frames that come back without a write are nobody's either.
+    // Frames that come back are charged: without room for them nothing changes.
+    group.set("memory.max", PAGES * PAGE as u64)?;
+    fails(
+        "run 2 beyond memory.max",
+        sys.try_set("run", b"2"),
+        Errno::ENOMEM,
+    )?;
+    eq("run after ENOMEM", sys.get("run")?, 0)?;
+    eq(
+        "pages_sharing after ENOMEM",
+        sys.get("pages_sharing")?,
+        PAGES,
+    )?;
+    group.set("memory.max", "max")?;
     sys.set("run", 2)?;
     eq("pages_sharing", sys.get("pages_sharing")?, 0)?;
     let back = group.kernel_pages()?;
     that(
-        format!("frames that come back are charged to nobody: {back}"),
-        back < SLACK,
+        format!("frames that come back are charged again: {back}"),
+        back >= 2 * PAGES - SLACK,
     )?;
     turns.done(6);
     child.expect_ok(ctx.limit(20.0))

@@ -30,6 +30,11 @@ pub const CASES: &[Case] = &[
         no_policy,
     ),
     Case::thinram(
+        "numa/region-node",
+        "where a guest's first page lies, write(2) and fallocate put the others",
+        region_node,
+    ),
+    Case::thinram(
         "numa/merge-across-nodes",
         "merge_across_nodes 0 keeps nodes apart, 1 does not",
         merge_across,
@@ -103,6 +108,25 @@ fn no_policy(ctx: &Ctx) -> Result<()> {
             std::hint::black_box(sum);
             all_on(how, &map, node)?;
         }
+    }
+    Ok(())
+}
+
+fn region_node(ctx: &Ctx) -> Result<()> {
+    let nodes = numa::several_nodes()?;
+    let mount = ctx.mount("m", "size=64M")?;
+    for &node in &nodes {
+        let guest = mount.guest(&format!("on{node}"), 64)?;
+        numa::bind(&guest.map, node, STRICT).context("mbind")?;
+        guest.fill(0, 1, 1);
+        // The caller runs elsewhere.
+        let away = *nodes.iter().find(|n| **n != node).unwrap_or(&node);
+        numa::run_on(away)?;
+        guest.file.write_all_at(&pages_bytes(2, 31), PAGE as u64)?;
+        sys::fallocate(&guest.file, 0, 32 * PAGE as i64, 32 * PAGE as i64)?;
+        guest.holds(0, 32, 1)?;
+        guest.is_zero(32, 64)?;
+        all_on("the region's pages", &guest.map, node)?;
     }
     Ok(())
 }
