@@ -152,9 +152,7 @@ pub(crate) fn preallocate(backing: &Backing, from: u64, to: u64) -> Result {
         if region.peek(index).state() != State::Empty {
             continue;
         }
-        let frame = backing
-            .vm()
-            .pays(|| Frame::alloc(Purpose::GuestZeroed, region.node()));
+        let frame = Frame::alloc(Purpose::GuestZeroed, region.node());
         let mut spare = Some((frame.ok_or(ENOSPC)?, true));
         let mut guard = region.lock();
         if guard.slot(index).state() == State::Empty {
