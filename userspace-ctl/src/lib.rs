@@ -6,6 +6,7 @@
 //! [`status`]), so that every screen is a pure function of a snapshot and a width.
 
 pub mod admission;
+pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod control;
@@ -30,4 +31,5 @@ pub mod text;
 pub mod top;
 pub mod trace;
 pub mod units;
+pub mod virsh;
 pub mod vm;

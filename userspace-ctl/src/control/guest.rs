@@ -101,6 +101,8 @@ pub struct Guest {
     high_kb: u64,
     reached: bool,
     ordered_s: f64,
+    /// What it may have taken before it was called back, as long as its news may be older than that.
+    called_back_kb: u64,
     /// Least distance to what was ordered, and when it was last made less.
     nearest_kb: u64,
     progress_s: f64,
@@ -133,6 +135,7 @@ impl Guest {
             high_kb: u64::MAX,
             reached: true,
             ordered_s: now_s,
+            called_back_kb: 0,
             nearest_kb: 0,
             progress_s: 0.0,
             conduct: Conduct::Settled,
@@ -197,9 +200,16 @@ impl Guest {
         self.conduct == Conduct::Held
     }
 
+    /// Where it is on its way to; `None` where it stands.
+    pub(super) fn on_its_way_to(&self) -> Option<u64> {
+        (!self.reached).then_some(self.ordered_kb)
+    }
+
     /// Most that it may take at any time without asking.
     pub(super) fn promised_kb(&self) -> u64 {
-        self.current_kb.max(self.ordered_kb)
+        self.current_kb
+            .max(self.ordered_kb)
+            .max(self.called_back_kb)
     }
 
     /// What must not be taken from it now.
@@ -232,6 +242,9 @@ impl Guest {
         let before = std::mem::replace(&mut self.current_kb, current_kb);
         self.swap_in_kb = seen.swap_in_kb;
         self.refaults = seen.refaults;
+        if !self.is_news_old(now_s) {
+            self.called_back_kb = 0;
+        }
         self.tally.added_kb += current_kb.saturating_sub(before);
         self.tally.removed_kb += before.saturating_sub(current_kb);
 
@@ -300,6 +313,7 @@ impl Guest {
             self.conduct = Conduct::Inactive;
             // What it was given and did not take must not be promised for ever.
             if self.ordered_kb > self.current_kb && safety.stall {
+                self.called_back_kb = self.ordered_kb;
                 self.ordered_kb = self.current_kb;
                 self.ordered_s = now_s;
                 self.nearest_kb = 0;
@@ -446,6 +460,9 @@ impl Guest {
         }
         if self.reached && !self.is_news_old(now_s) {
             (self.low_kb, self.high_kb) = (self.current_kb, self.current_kb);
+        }
+        if !self.reached && self.ordered_kb > kb {
+            self.called_back_kb = self.called_back_kb.max(self.ordered_kb);
         }
         self.low_kb = self.low_kb.min(kb).min(self.current_kb);
         self.high_kb = self.high_kb.max(kb).max(self.current_kb);

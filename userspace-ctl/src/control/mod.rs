@@ -307,7 +307,7 @@ impl Controller {
                 continue;
             };
             // What was asked for by hand is meant to the last MiB.
-            let by_hand = asked.sizes.contains_key(&target.name);
+            let by_hand = asked.of(&target.name).is_some();
             let safety = Safety {
                 dead_band: self.safety.dead_band && !by_hand,
                 ..self.safety
@@ -405,13 +405,20 @@ fn shape(
     let current = guest.current_kb();
     let outside = current < vm.dynamic_min_kb || current > vm.ceiling_kb();
     let band = DEAD_BAND.0.max(current / DEAD_BAND.1);
-    if safety.dead_band && !outside && kb.abs_diff(current) < band {
-        return (current, why + "; too small a change");
+    // One that is on its way goes on to where it was sent, and is not stopped just before it.
+    match guest.on_its_way_to() {
+        Some(to) if safety.dead_band && kb.abs_diff(to) < band => return (to, why),
+        None if safety.dead_band && !outside && kb.abs_diff(current) < band => {
+            return (current, why + "; too small a change");
+        }
+        _ => {}
     }
     if safety.steps {
         let step = |part: u64| (current / part / STEP_KB * STEP_KB).max(STEP_KB);
-        let least = current.saturating_sub(step(TAKE_PART));
-        let most = current.saturating_add(step(GIVE_PART));
+        // A step that is under way is not made smaller because a part of it is done.
+        let under_way = guest.on_its_way_to().unwrap_or(current);
+        let least = current.saturating_sub(step(TAKE_PART)).min(under_way);
+        let most = current.saturating_add(step(GIVE_PART)).max(under_way);
         if kb < least || kb > most {
             kb = kb.clamp(least, most);
             why.push_str("; step by step");

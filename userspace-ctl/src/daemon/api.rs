@@ -185,8 +185,8 @@ pub struct FoundReport {
     pub resident_kb: Option<u64>,
     /// Process that maps its memory.
     pub owner_pid: Option<u64>,
-    /// Its QMP socket, from that process's command line.
-    pub qmp: Option<PathBuf>,
+    /// How its balloon could be reached, by that process's command line.
+    pub link: Option<String>,
 }
 
 /// The loop's view of a guest; what is not known is `null`.
@@ -196,12 +196,18 @@ pub struct GuestReport {
     pub name: String,
     /// Its name in the module; `null` where it is not there.
     pub module_name: Option<String>,
-    /// How it is reached: the path of its QMP socket.
+    /// How it is reached: the path of its QMP socket, or `libvirt:` and its domain.
     pub link: Option<String>,
     /// Its policy.
     pub policy: PolicyKind,
     /// Whether it was sized by hand, and keeps that.
     pub by_hand: bool,
+    /// Whether the guest's own root may ask for a size.
+    pub guest_control: bool,
+    /// Whether its own root sizes it now.
+    pub by_guest: bool,
+    /// What its own root asks for, within the bounds or not.
+    pub guest_asks_kb: Option<u64>,
     /// How far it can be ballooned.
     pub driver: Driver,
     /// How it behaves.

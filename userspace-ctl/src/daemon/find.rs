@@ -2,6 +2,9 @@
 
 //! Finds a VM's QMP socket in the command line of its QEMU.
 
+use super::link::Way;
+use crate::agent;
+use crate::virsh::Domain;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs;
@@ -31,17 +34,76 @@ pub fn module_name<'a>(names: impl Iterator<Item = &'a OsStr>, wanted: &str) -> 
     best.map(|(_, name)| name)
 }
 
-/// The QMP socket of a process; `None` where it has none that we can connect to.
-pub(super) fn qmp_of(root: &Path, pid: u64) -> Option<PathBuf> {
+/// The arguments of a process; `None` where it is gone or they are no text.
+pub(super) fn arguments(root: &Path, pid: u64) -> Option<Vec<String>> {
     let line = fs::read(root.join(format!("proc/{pid}/cmdline"))).ok()?;
     let line = String::from_utf8(line).ok()?;
-    let words: Vec<&str> = line.split('\0').collect();
-    let path = qmp_of_command_line(&words)?;
+    Some(line.split('\0').map(str::to_owned).collect())
+}
+
+/// How the balloon of a process's VM is reached; `None` where there is no way for us.
+pub(super) fn way_of(root: &Path, pid: u64) -> Option<Way> {
+    let words = arguments(root, pid)?;
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match qmp_of_command_line(&words) {
+        Some(path) => Some(Way::Qmp(absolute(root, pid, path)?)),
+        None => domain_of_command_line(&words).map(Way::Libvirt),
+    }
+}
+
+/// How the guest agent of a process's VM is reached.
+pub(super) fn agent_of(root: &Path, pid: u64) -> Option<agent::Way> {
+    let words = arguments(root, pid)?;
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    if let Some(domain) = domain_of_command_line(&words) {
+        return Some(agent::Way::Libvirt(domain));
+    }
+    let path = agent_of_command_line(&words)?;
+    Some(agent::Way::Socket(absolute(root, pid, path)?))
+}
+
+/// A path as the process sees it.
+fn absolute(root: &Path, pid: u64, path: PathBuf) -> Option<PathBuf> {
     if path.is_absolute() {
         return Some(path);
     }
     let home = fs::read_link(root.join(format!("proc/{pid}/cwd"))).ok()?;
     Some(home.join(path))
+}
+
+/// The domain of a QEMU whose monitor is libvirt's.
+fn domain_of_command_line(words: &[&str]) -> Option<Domain> {
+    let pairs = || words.windows(2).map(|pair| (pair[0], pair[1]));
+    let is_its = pairs().any(|(option, value)| {
+        option == "-mon" && setting(value, "chardev") == Some("charmonitor")
+    });
+    let name = pairs().find(|(option, _)| *option == "-name")?.1;
+    let name = name.strip_prefix("guest=").filter(|_| is_its)?;
+    // A comma in a name is written twice.
+    let mut out = String::new();
+    let mut chars = name.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c == ',' && chars.next_if_eq(&',').is_none() {
+            break;
+        }
+        out.push(c);
+    }
+    Some(Domain(out))
+}
+
+/// The socket of the port that the guest agent listens on.
+fn agent_of_command_line(words: &[&str]) -> Option<PathBuf> {
+    let pairs = || words.windows(2).map(|pair| (pair[0], pair[1]));
+    let port = pairs().find(|(option, value)| {
+        *option == "-device"
+            && value.starts_with("virtserialport")
+            && setting(value, "name") == Some("org.qemu.guest_agent.0")
+    })?;
+    let id = setting(port.1, "chardev")?;
+    let socket = pairs().find(|(option, value)| {
+        *option == "-chardev" && value.starts_with("socket,") && setting(value, "id") == Some(id)
+    })?;
+    usable(setting(socket.1, "path")?)
 }
 
 /// The listening QMP socket that QEMU's arguments name: `-qmp unix:PATH,...`, or a `-mon` in control
@@ -141,12 +203,36 @@ mod tests {
         let root = tempfile::TempDir::new().unwrap();
         let dir = root.path().join("proc/7");
         fs::create_dir_all(&dir).unwrap();
-        assert_eq!(qmp_of(root.path(), 7), None);
+        assert_eq!(way_of(root.path(), 7), None);
         fs::write(dir.join("cmdline"), b"qemu\0-qmp\0unix:a.qmp\0").unwrap();
-        assert_eq!(qmp_of(root.path(), 7), None);
+        assert_eq!(way_of(root.path(), 7), None);
         symlink("/run/vm", dir.join("cwd")).unwrap();
-        assert_eq!(qmp_of(root.path(), 7), Some(PathBuf::from("/run/vm/a.qmp")));
+        let found = Way::Qmp(PathBuf::from("/run/vm/a.qmp"));
+        assert_eq!(way_of(root.path(), 7), Some(found));
         fs::write(dir.join("cmdline"), b"\xff\0-qmp\0unix:a.qmp\0").unwrap();
-        assert_eq!(qmp_of(root.path(), 7), None);
+        assert_eq!(way_of(root.path(), 7), None);
+    }
+
+    #[test]
+    fn domains_of_libvirt() {
+        let words = "qemu -name guest=web,,1,debug-threads=on -chardev \
+                     socket,id=charmonitor,fd=23,server=on -mon \
+                     chardev=charmonitor,id=monitor,mode=control";
+        let words: Vec<&str> = words.split_whitespace().collect();
+        assert_eq!(qmp_of_command_line(&words), None);
+        assert_eq!(domain_of_command_line(&words), Some(Domain("web,1".into())));
+        assert_eq!(domain_of_command_line(&words[..3]), None);
+        assert_eq!(domain_of_command_line(&["qemu", "-name", "web1"]), None);
+    }
+
+    #[test]
+    fn sockets_of_agents() {
+        let words = "qemu -chardev socket,path=/run/a.agent,server=on,wait=off,id=qga0 -device \
+                     virtio-serial -device virtserialport,chardev=qga0,name=org.qemu.guest_agent.0";
+        let words: Vec<&str> = words.split_whitespace().collect();
+        let found = agent_of_command_line(&words);
+        assert_eq!(found, Some(PathBuf::from("/run/a.agent")));
+        assert_eq!(agent_of_command_line(&words[..6]), None);
+        assert_eq!(agent_of_command_line(&words[3..]), None);
     }
 }

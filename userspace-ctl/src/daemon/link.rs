@@ -4,8 +4,10 @@
 
 use super::{say, Level};
 use crate::qmp::{Balloon, Client, Driver, GuestStats, QmpError};
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use crate::virsh::{Domain, VirshError};
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,6 +16,8 @@ use std::time::{Duration, Instant};
 const LIMIT: Duration = Duration::from_secs(3);
 /// Pause between two questions.
 const PAUSE: Duration = Duration::from_secs(1);
+/// How long orders and the balloon's own news wait for each other.
+const SLICE: Duration = Duration::from_millis(200);
 /// Seconds between two reports of the guest's driver.
 const REPORT_S: u64 = 2;
 /// Figures that did not change for so long are those of a guest that stopped telling.
@@ -45,9 +49,27 @@ impl Seen {
     }
 }
 
+/// How a VM's balloon is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Way {
+    /// A QMP socket of ours.
+    Qmp(PathBuf),
+    /// libvirt, which has the socket.
+    Libvirt(Domain),
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Qmp(path) => write!(f, "{}", path.display()),
+            Self::Libvirt(Domain(name)) => write!(f, "libvirt:{name}"),
+        }
+    }
+}
+
 /// The thread; it ends when this is dropped.
 pub(super) struct Link {
-    path: PathBuf,
+    way: Way,
     seen: Arc<Mutex<Seen>>,
     orders: Sender<u64>,
 }
@@ -58,16 +80,16 @@ fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
 }
 
 impl Link {
-    pub(super) fn start(path: PathBuf) -> Self {
+    pub(super) fn start(way: Way) -> Self {
         let seen = Arc::new(Mutex::new(Seen::default()));
         let (orders, inbox) = mpsc::channel();
-        let (thread_path, thread_seen) = (path.clone(), Arc::clone(&seen));
-        thread::spawn(move || serve(&thread_path, &thread_seen, &inbox));
-        Self { path, seen, orders }
+        let (thread_way, thread_seen) = (way.clone(), Arc::clone(&seen));
+        thread::spawn(move || serve(&thread_way, &thread_seen, &inbox));
+        Self { way, seen, orders }
     }
 
-    pub(super) fn path(&self) -> &Path {
-        &self.path
+    pub(super) fn way(&self) -> &Way {
+        &self.way
     }
 
     pub(super) fn look(&self) -> Seen {
@@ -81,25 +103,126 @@ impl Link {
     }
 }
 
+/// Something that went wrong at the other end.
+struct Failure {
+    said: String,
+    /// Whether the connection can be used further.
+    goes_on: bool,
+}
+
+impl From<QmpError> for Failure {
+    fn from(error: QmpError) -> Self {
+        Self {
+            goes_on: error.is_refusal(),
+            said: error.to_string(),
+        }
+    }
+}
+
+impl From<VirshError> for Failure {
+    fn from(error: VirshError) -> Self {
+        Self {
+            goes_on: false,
+            said: error.to_string(),
+        }
+    }
+}
+
+/// What the balloon leaves the guest, `None` without a balloon, and the guest's figures.
+type Look = (Option<u64>, Option<GuestStats>);
+
+/// The other end, connected.
+enum Remote {
+    Qmp(Balloon),
+    Libvirt(Domain),
+}
+
+impl Remote {
+    fn connect(way: &Way) -> Result<Self, Failure> {
+        Ok(match way {
+            Way::Qmp(path) => {
+                let client = Client::connect(path, LIMIT)?;
+                Self::Qmp(Balloon::open(client, REPORT_S)?)
+            }
+            Way::Libvirt(domain) => {
+                domain.poll_stats(REPORT_S)?;
+                Self::Libvirt(domain.clone())
+            }
+        })
+    }
+
+    fn look(&mut self) -> Result<Look, Failure> {
+        Ok(match self {
+            Self::Qmp(balloon) => (balloon.actual_kb()?, balloon.stats()?),
+            Self::Libvirt(domain) => {
+                let told = domain.memory_stats()?;
+                (told.actual_kb, told.stats)
+            }
+        })
+    }
+
+    fn set_kb(&mut self, kb: u64) -> Result<(), Failure> {
+        match self {
+            Self::Qmp(balloon) => Ok(balloon.set_kb(kb)?),
+            Self::Libvirt(domain) => match domain.set_kb(kb) {
+                Err(error @ VirshError::Refused { .. }) => Err(Failure {
+                    said: error.to_string(),
+                    goes_on: true,
+                }),
+                outcome => Ok(outcome?),
+            },
+        }
+    }
+
+    /// Waits a moment; what the balloon leaves the guest, where it tells that it changed.
+    fn listen(&mut self) -> Result<Option<u64>, Failure> {
+        match self {
+            Self::Qmp(balloon) => {
+                let events = balloon.client().events(SLICE)?;
+                let last = events
+                    .iter()
+                    .rev()
+                    .find(|event| event.event == "BALLOON_CHANGE");
+                let bytes = last.and_then(|event| event.data["actual"].as_u64());
+                Ok(bytes.map(|bytes| bytes / 1024))
+            }
+            Self::Libvirt(_) => {
+                thread::sleep(SLICE);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Pause between two looks: a command of virsh costs more than a line to QEMU.
+    fn pause(&self) -> Duration {
+        match self {
+            Self::Qmp(_) => PAUSE,
+            Self::Libvirt(_) => 2 * PAUSE,
+        }
+    }
+}
+
 /// Connects again and again until nobody wants orders carried out any more.
-fn serve(path: &Path, seen: &Mutex<Seen>, inbox: &Receiver<u64>) {
+fn serve(way: &Way, seen: &Mutex<Seen>, inbox: &Receiver<u64>) {
     let mut retry = PAUSE;
     let mut last_error = String::new();
     loop {
-        let connected =
-            Client::connect(path, LIMIT).and_then(|client| Balloon::open(client, REPORT_S));
-        let error = match connected {
-            Ok(balloon) => {
-                retry = PAUSE;
-                last_error.clear();
-                match talk(balloon, seen, inbox) {
-                    Some(error) => error,
-                    None => return,
+        let error = match Remote::connect(way) {
+            Ok(remote) => {
+                let told = talk(remote, way, seen, inbox);
+                match told {
+                    Talk::Over => return,
+                    Talk::Broke { error, worked } => {
+                        if worked {
+                            retry = PAUSE;
+                            last_error.clear();
+                        }
+                        error
+                    }
                 }
             }
-            Err(error) => error,
+            Err(failure) => failure.said,
         };
-        let error = error.to_string();
         if error != last_error {
             say(Level::Warning, &error);
             last_error.clone_from(&error);
@@ -121,33 +244,47 @@ fn serve(path: &Path, seen: &Mutex<Seen>, inbox: &Receiver<u64>) {
     }
 }
 
-/// Asks and orders until the connection breaks; `None` says that nobody wants more.
-fn talk(mut balloon: Balloon, seen: &Mutex<Seen>, inbox: &Receiver<u64>) -> Option<QmpError> {
+/// How a connection ended.
+enum Talk {
+    /// Nobody wants more.
+    Over,
+    /// It broke; whether it worked before.
+    Broke { error: String, worked: bool },
+}
+
+/// Asks and orders until the connection breaks.
+fn talk(mut remote: Remote, way: &Way, seen: &Mutex<Seen>, inbox: &Receiver<u64>) -> Talk {
+    let mut worked = false;
+    let broke = |failure: Failure, worked| Talk::Broke {
+        error: failure.said,
+        worked,
+    };
     loop {
-        let asked = balloon
-            .actual_kb()
-            .and_then(|actual| Ok((actual, balloon.stats()?)));
-        match asked {
-            Ok((actual_kb, stats)) => note(seen, balloon.has_device(), actual_kb, stats),
-            Err(error) if error.is_refusal() => lock(seen).error = Some(error.to_string()),
-            Err(error) => return Some(error),
+        match remote.look() {
+            Ok((actual_kb, stats)) => {
+                worked = true;
+                note(seen, actual_kb.is_some(), actual_kb, stats);
+            }
+            Err(failure) if failure.goes_on => lock(seen).error = Some(failure.said),
+            Err(failure) => return broke(failure, worked),
         }
-        let until = Instant::now() + PAUSE;
-        loop {
-            match inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(kb) => match balloon.set_kb(kb) {
+        let until = Instant::now() + remote.pause();
+        while Instant::now() < until {
+            match inbox.try_recv() {
+                Ok(kb) => match remote.set_kb(kb) {
                     Ok(()) => {}
-                    Err(error) if error.is_refusal() => {
-                        say(
-                            Level::Warning,
-                            &format!("{}: {error}", balloon.client().path().display()),
-                        );
-                        lock(seen).error = Some(error.to_string());
+                    Err(failure) if failure.goes_on => {
+                        say(Level::Warning, &format!("{way}: {}", failure.said));
+                        lock(seen).error = Some(failure.said);
                     }
-                    Err(error) => return Some(error),
+                    Err(failure) => return broke(failure, worked),
                 },
-                Err(RecvTimeoutError::Timeout) => break,
-                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(TryRecvError::Disconnected) => return Talk::Over,
+                Err(TryRecvError::Empty) => match remote.listen() {
+                    Ok(Some(kb)) => lock(seen).actual_kb = Some(kb),
+                    Ok(None) => {}
+                    Err(failure) => return broke(failure, worked),
+                },
             }
         }
     }

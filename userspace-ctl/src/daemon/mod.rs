@@ -14,9 +14,11 @@ pub mod meminfo;
 mod report;
 mod told;
 mod wake;
+mod wish;
 
 pub use find::{module_name, qmp_of_command_line};
 
+use crate::agent;
 use crate::config::{Config, VmConfig};
 use crate::control::{Controller, HostState, Observation, Order, Safety, Seen};
 use crate::host::Host;
@@ -30,7 +32,7 @@ use crate::text::escape;
 use crate::units::{exact_kb, long_kb};
 use crate::vm::{Vm, VmName};
 use http::Http;
-use link::Link;
+use link::{Link, Way};
 use sd_notify::NotifyState;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -41,6 +43,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
 use wake::{listen, wait, Manager, Signals, StateFile};
+use wish::Wishes;
 
 /// Pause between two looks.
 const TICK: Duration = Duration::from_secs(1);
@@ -109,6 +112,8 @@ struct Daemon {
     controller: Controller,
     asked: Asked,
     links: BTreeMap<String, Link>,
+    /// What guests that may control their size ask for.
+    wishes: BTreeMap<String, Wishes>,
     /// VMs whose `cap` was written, with it.
     caps: BTreeMap<String, u64>,
     start: Instant,
@@ -164,6 +169,7 @@ pub fn run(options: Options) -> Result<(), DaemonError> {
         controller: Controller::new(Safety::default()),
         asked: Asked::default(),
         links: BTreeMap::new(),
+        wishes: BTreeMap::new(),
         caps: BTreeMap::new(),
         start: Instant::now(),
         trouble: None,
@@ -303,6 +309,7 @@ impl Daemon {
         }
         let configured = |name: &String| self.config.vm(name).is_some();
         self.links.retain(|name, _| configured(name));
+        self.wishes.retain(|name, _| configured(name));
         self.caps.retain(|name, _| self.config.vm(name).is_some());
 
         let module = dir.and_then(|dir| Host::read(dir).ok()).unwrap_or_default();
@@ -325,6 +332,7 @@ impl Daemon {
             seen: seen.clone(),
             ..latest
         });
+        self.hear_wishes();
         self.tell_metrics(&module);
         for order in self.controller.tick(&self.config, &seen, &self.asked) {
             self.carry_out(&order);
@@ -401,17 +409,53 @@ impl Daemon {
         vms
     }
 
-    /// Keeps a thread for a VM whose socket is known.
+    /// Keeps a thread for a VM whose balloon can be reached.
     fn connect(&mut self, config: &VmConfig, vm: Option<&Vm>) {
-        let found = || find::qmp_of(&self.options.root, vm?.figures.owner_pid?);
-        let wanted = config.qmp.clone().or_else(found);
-        let Some(path) = wanted else { return };
-        if self
-            .links
-            .get(&config.name)
-            .is_none_or(|link| link.path() != path)
-        {
-            self.links.insert(config.name.clone(), Link::start(path));
+        let pid = || vm?.figures.owner_pid.filter(|pid| *pid > 0);
+        let configured = config.qmp.clone().map(Way::Qmp);
+        let wanted = configured.or_else(|| find::way_of(&self.options.root, pid()?));
+        if let Some(way) = wanted {
+            if self
+                .links
+                .get(&config.name)
+                .is_none_or(|link| *link.way() != way)
+            {
+                self.links.insert(config.name.clone(), Link::start(way));
+            }
+        }
+        if !config.guest_control {
+            self.wishes.remove(&config.name);
+            return;
+        }
+        let configured = config.agent.clone().map(agent::Way::Socket);
+        let wanted = configured.or_else(|| find::agent_of(&self.options.root, pid()?));
+        if let Some(way) = wanted {
+            if self
+                .wishes
+                .get(&config.name)
+                .is_none_or(|wishes| *wishes.way() != way)
+            {
+                self.wishes.insert(config.name.clone(), Wishes::start(way));
+            }
+        }
+    }
+
+    /// Takes in what guests' own roots ask for, within their bounds.
+    fn hear_wishes(&mut self) {
+        let mut asked = BTreeMap::new();
+        for config in self.config.vms.iter().filter(|vm| vm.guest_control) {
+            let Some(wishes) = self.wishes.get(&config.name) else {
+                continue;
+            };
+            if let Some(kb) = wishes.look().asked_kb {
+                if api::within_bounds(config, kb).is_ok() {
+                    asked.insert(config.name.clone(), kb);
+                }
+            }
+        }
+        if asked != self.asked.by_guest {
+            self.asked.by_guest = asked;
+            self.controller.decide_next();
         }
     }
 

@@ -2,8 +2,9 @@
 
 //! What the daemon tells about host and guests.
 
-use super::api::{FoundReport, GuestReport, HostReport, Report, ReservationReport};
+use super::api::{within_bounds, FoundReport, GuestReport, HostReport, Report, ReservationReport};
 use super::link::{self, Link};
+use super::wish::Wishes;
 use super::{find, Daemon};
 use crate::config::VmConfig;
 use crate::control::{linux_floor_kb, Guest};
@@ -52,6 +53,7 @@ impl Daemon {
     fn guest(&self, config: &VmConfig) -> GuestReport {
         let link = self.links.get(&config.name);
         let seen = link.map(Link::look);
+        let heard = self.wishes.get(&config.name).map(Wishes::look);
         let vm = self
             .latest
             .as_ref()
@@ -72,9 +74,13 @@ impl Daemon {
         GuestReport {
             name: config.name.clone(),
             module_name: vm.map(|vm| vm.name.shown()),
-            link: link.map(|link| link.path().display().to_string()),
+            link: link.map(|link| link.way().to_string()),
             policy: self.config.policy_of(config),
             by_hand: self.asked.sizes.contains_key(&config.name),
+            guest_control: config.guest_control,
+            by_guest: !self.asked.sizes.contains_key(&config.name)
+                && self.asked.by_guest.contains_key(&config.name),
+            guest_asks_kb: heard.as_ref().and_then(|heard| heard.asked_kb),
             driver: seen.as_ref().map(|seen| seen.driver).unwrap_or_default(),
             conduct: guest.map(Guest::conduct),
             min_kb: config.dynamic_min_kb,
@@ -105,15 +111,35 @@ impl Daemon {
                 .map(|rates| rates.per_second())
                 .unwrap_or_default(),
             reason: last.map(|last| last.reason.clone()),
-            error: match &seen {
-                Some(seen) => seen.error.clone(),
-                None => Some(match vm {
-                    Some(_) => "its QMP socket is not known".to_owned(),
-                    None => "its QMP socket is not known: the module has no such VM".to_owned(),
-                }),
-            },
+            error: self.wrong(config, seen.as_ref(), vm.is_some()),
             tally: guest.map(Guest::tally),
         }
+    }
+
+    /// What is wrong with a guest: its balloon first, then what it asks for.
+    fn wrong(&self, config: &VmConfig, seen: Option<&link::Seen>, exists: bool) -> Option<String> {
+        match seen {
+            Some(seen) if seen.error.is_some() => return seen.error.clone(),
+            Some(_) => {}
+            None if exists => return Some("its QMP socket is not known".to_owned()),
+            None => {
+                let said = "its QMP socket is not known: the module has no such VM";
+                return Some(said.to_owned());
+            }
+        }
+        if !config.guest_control {
+            return None;
+        }
+        let Some(wishes) = self.wishes.get(&config.name) else {
+            return Some("guest_control: its guest agent is not known".to_owned());
+        };
+        let heard = wishes.look();
+        let outside = heard.asked_kb.map(|kb| within_bounds(config, kb));
+        let outside = outside.and_then(Result::err);
+        heard
+            .error
+            .or(outside)
+            .map(|error| format!("guest_control: {error}"))
     }
 
     /// VMs that run and that nobody configured.
@@ -137,7 +163,9 @@ impl Daemon {
                     name: escape(vm.name.raw().as_encoded_bytes()),
                     resident_kb: vm.figures.resident_kb,
                     owner_pid,
-                    qmp: owner_pid.and_then(|pid| find::qmp_of(&self.options.root, pid)),
+                    link: owner_pid
+                        .and_then(|pid| find::way_of(&self.options.root, pid))
+                        .map(|way| way.to_string()),
                 }
             })
             .collect()

@@ -139,7 +139,7 @@ impl Daemon {
         let entitled = config.entitlement_kb.filter(|_| config.amr);
         let right_kb = config.dynamic_min_kb.max(entitled.unwrap_or(0));
         let kept_kb = match self.config.policy_of(config) {
-            _ if self.asked.sizes.contains_key(name) => current_kb,
+            _ if self.asked.of(name).is_some() => current_kb,
             PolicyKind::Manual => current_kb,
             PolicyKind::Entitlement if entitled.is_none() => current_kb,
             PolicyKind::Entitlement => right_kb,

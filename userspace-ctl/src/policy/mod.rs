@@ -104,11 +104,21 @@ struct Decision {
     reason: String,
 }
 
-/// What the operator asked for by hand; it outlives the steps.
+/// What was asked for; it outlives the steps.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Asked {
     /// Sizes in KiB by VM; a VM that is named here is under `manual`.
     pub sizes: BTreeMap<String, u64>,
+    /// What guests' own roots ask for; the operator goes before them.
+    pub by_guest: BTreeMap<String, u64>,
+}
+
+impl Asked {
+    /// What somebody asks for a VM, and who.
+    pub fn of(&self, name: &str) -> Option<(u64, &'static str)> {
+        let by_hand = self.sizes.get(name).map(|kb| (*kb, "asked for by hand"));
+        by_hand.or_else(|| Some((*self.by_guest.get(name)?, "asked for by the guest's root")))
+    }
 }
 
 /// What one guest should have.
@@ -141,8 +151,7 @@ pub fn step(config: &Config, snapshot: &Snapshot, asked: &Asked) -> Plan {
     for sample in &snapshot.vms {
         if let (Some(vm), Ok(figures)) = (config.vm(&sample.name), sample.figures()) {
             // Who was sized by hand stays so, whatever the policy.
-            let by_hand = asked.sizes.contains_key(&vm.name);
-            let kind = if by_hand {
+            let kind = if asked.of(&vm.name).is_some() {
                 PolicyKind::Manual
             } else {
                 config.policy_of(vm)
@@ -242,8 +251,8 @@ fn minima_fit(config: &Config, snapshot: &Snapshot) -> bool {
 }
 
 fn manual(guest: &Guest, asked: &Asked) -> Decision {
-    let (wanted, who) = match asked.sizes.get(&guest.config.name) {
-        Some(kb) => (*kb, "asked for by hand"),
+    let (wanted, who) = match asked.of(&guest.config.name) {
+        Some(asked) => asked,
         None => match guest.config.start_target_kb {
             Some(kb) => (kb, "start_target"),
             None => (guest.figures.current_kb, "nothing asked for: kept"),

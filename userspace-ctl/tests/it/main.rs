@@ -10,4 +10,5 @@ mod qemu;
 mod race;
 mod told;
 mod tree;
+mod ways;
 mod world;

@@ -306,6 +306,10 @@ fn recorded_replayed_and_told_as_metrics() {
     assert_eq!(world.ctl(&["replay", trace, "--policy", "fair"]).0, Some(2));
     assert_eq!(world.ctl(&["replay", "/nowhere"]).0, Some(1));
 
+    world.run_until("the daemon has seen it", |world| {
+        world.guests_json()["guests"][0]["current_kb"] == 512 * M
+    });
+    std::thread::sleep(Duration::from_millis(1500));
     let (_, text, _) = world.ctl(&["metrics"]);
     assert!(
         text.contains("thinram_guest_current_bytes{vm=\"a\"} 536870912"),

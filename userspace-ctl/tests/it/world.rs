@@ -32,6 +32,8 @@ pub struct World {
     pub guests: Vec<Arc<Mutex<Guest>>>,
     pub total_kb: u64,
     pub worst_kb: i64,
+    /// Where the daemon looks for programs first.
+    pub programs: Option<PathBuf>,
 }
 
 impl World {
@@ -45,6 +47,7 @@ impl World {
             guests: Vec::new(),
             total_kb,
             worst_kb: i64::MAX,
+            programs: None,
         }
     }
 
@@ -165,6 +168,10 @@ impl World {
             .arg("daemon")
             .args(more);
         command.stderr(log.reopen().unwrap());
+        if let Some(programs) = &self.programs {
+            let path = std::env::var("PATH").unwrap();
+            command.env("PATH", format!("{}:{path}", programs.display()));
+        }
         if let Some(socket) = notify {
             command.env("NOTIFY_SOCKET", socket);
         }
