@@ -224,6 +224,9 @@ impl Backing {
                 crate::sys::task::cond_resched();
             }
         }
+        if self.host.registry().live() == 0 {
+            self.host.index().reset_if_unused();
+        }
         if self.vm.counts().pages.remove_empty(pages).is_err() {
             kernel::pr_err_once!("thinram: a file ended with pages that are not empty\n");
         }

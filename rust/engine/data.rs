@@ -225,6 +225,9 @@ pub(crate) fn seek(backing: &Backing, page: u64, end: u64, data: bool) -> Option
             return Some(page);
         }
         page = page.saturating_add(1);
+        if Backing::index(page) == 0 {
+            task::cond_resched();
+        }
     }
     None
 }
@@ -254,6 +257,7 @@ pub(crate) fn allocated_pages(backing: &Backing) -> u64 {
                     .count();
                 pages = pages.saturating_add(held as u64);
                 page = page.saturating_add(SLOTS as u64);
+                task::cond_resched();
             }
         }
     }

@@ -23,7 +23,7 @@ use crate::{
         hash::{self, Seed},
         huge::HugeFrame,
         page::{Frame, PageRef, Purpose},
-        slots::Content,
+        slots::{Content, SLOTS},
     },
 };
 use core::sync::atomic::{AtomicU64, AtomicU8, Ordering};
@@ -362,13 +362,9 @@ impl Host {
         }
     }
 
-    /// Pages that a pass has to walk over.
-    pub(crate) fn registered_pages(&self) -> u64 {
-        let totals = self.totals();
-        totals
-            .private
-            .saturating_add(totals.shared)
-            .saturating_add(totals.zero)
+    /// Pages that a pass walks over: all slots of all regions, touched or not.
+    pub(crate) fn walked_pages(&self) -> u64 {
+        self.registry.live().saturating_mul(SLOTS as u64)
     }
 
     /// Different contents that the index may have to hold.

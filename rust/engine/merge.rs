@@ -222,8 +222,13 @@ fn pair(
             && slot.tag() == key.hash as u16
     };
     let vm = other_region.vm();
+    let seen = other_region.peek(other);
+    if !is_hinted(seen) {
+        host.index().unhint_if_stale(key.hash, other_id, seen);
+        return Outcome::Unique;
+    }
     // The hint stays: it may be of another content whose hash has the same tag.
-    if !is_hinted(other_region.peek(other)) || vm.scope() != key.scope {
+    if vm.scope() != key.scope {
         return Outcome::Unique;
     }
     let same_region = core::ptr::eq(&*other_region, guard.region());

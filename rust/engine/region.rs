@@ -490,6 +490,11 @@ impl Registry {
         Some((region, page_id as usize % SLOTS))
     }
 
+    /// Regions that there are.
+    pub(crate) fn live(&self) -> u64 {
+        self.table.lock().live
+    }
+
     /// One more than the highest number in use.
     pub(crate) fn end(&self) -> u32 {
         self.table.lock().regions.len() as u32

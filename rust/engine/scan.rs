@@ -494,7 +494,7 @@ impl Host {
             pages_per_sec: self.knobs.scan_pages_per_sec.load(Ordering::Relaxed),
             period_secs: self.knobs.scan_period_secs.load(Ordering::Relaxed),
             cpu_max_percent: self.knobs.scan_cpu_max_percent.load(Ordering::Relaxed) as u32,
-            total_pages: self.registered_pages(),
+            total_pages: self.walked_pages(),
         }
     }
 }

@@ -8,7 +8,7 @@ use super::{region::Registry, vm::Scope};
 use crate::{
     logic::{
         catalog::{Catalog, Entry, GroupPage, HintOutcome, StableOutcome, GROW_PERCENT},
-        slot::{Class, State},
+        slot::{Class, Slot, State},
     },
     sys::{
         frames::{self, AfterDrop, Boxes, FrameRecords},
@@ -62,6 +62,16 @@ struct Inner {
     has_stale: bool,
 }
 
+impl Inner {
+    fn new() -> Inner {
+        Inner {
+            catalog: Catalog::new(Boxes::new()),
+            records: FrameRecords::new(),
+            has_stale: false,
+        }
+    }
+}
+
 /// Figures of the index.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct IndexFigures {
@@ -84,14 +94,7 @@ impl SharedIndex {
     /// An empty index, without memory yet.
     pub(crate) fn new() -> impl PinInit<SharedIndex> {
         pin_init!(SharedIndex {
-            inner <- new_mutex!(
-                Inner {
-                    catalog: Catalog::new(Boxes::new()),
-                    records: FrameRecords::new(),
-                    has_stale: false,
-                },
-                "thinram_index"
-            ),
+            inner <- new_mutex!(Inner::new(), "thinram_index"),
         })
     }
 
@@ -220,6 +223,16 @@ impl SharedIndex {
         }
     }
 
+    /// Takes back a hint whose page has other content now, or none of its own (`slot`). One that may be
+    /// of another hash with the same tag stays: its page relies on it.
+    pub(crate) fn unhint_if_stale(&self, hash: u64, page_id: u32, slot: Slot) {
+        let mut inner = self.lock();
+        let told = slot.state() == State::Private && slot.class() == Class::Unshared;
+        if !told || !inner.catalog.can_be_under(hash, slot.tag()) {
+            inner.catalog.remove(hash, Entry::Hint(page_id));
+        }
+    }
+
     /// Takes a hint back, as far as the known bits of its hash find it.
     pub(crate) fn unhint(&self, hash: u64, page_id: u32) {
         self.lock().catalog.remove(hash, Entry::Hint(page_id));
@@ -271,6 +284,16 @@ impl SharedIndex {
             } else {
                 return Ok(());
             }
+        }
+    }
+
+    /// Gives the memory of the tables back if no frame is shared: for when the last guest has gone.
+    pub(crate) fn reset_if_unused(&self) {
+        let mut inner = self.lock();
+        if inner.records.table().is_empty() {
+            let old = core::mem::replace(&mut *inner, Inner::new());
+            drop(inner);
+            drop(old);
         }
     }
 
