@@ -914,6 +914,13 @@ impl<'a> Crew<'a> {
     }
 }
 
+/// What a run must have come to, or it would have tested nothing.
+const WRITES_MIN: u64 = 1000;
+const READS_MIN: u64 = 1000;
+const HOLES_MIN: u64 = 20;
+const BREAKS_MIN: u64 = 100;
+const SHARING_MIN: u64 = 20;
+
 fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
     let table = Table::new()?;
     let disk = if plan.by.contains(&By::Direct) {
@@ -959,13 +966,29 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
     })?;
     let crew = Crew::new(ctx, plan, &table, &paths, disk.as_ref(), start)?;
     let end = Instant::now() + ctx.span(8.0);
+    // A slow machine gets the time that it takes to have tested something.
+    let last = end + ctx.limit(15.0);
     let mut most_sharing = 0;
+    let count = |which: Head| table.head(which).load(Ordering::Relaxed);
+    let enough = |breaks: u64, most_sharing: u64| {
+        count(Head::Writes) >= WRITES_MIN
+            && count(Head::Reads) >= READS_MIN
+            && (!plan.punch || count(Head::Holes) >= HOLES_MIN)
+            && (!ctx.is_thinram() || breaks >= BREAKS_MIN && most_sharing >= SHARING_MIN)
+    };
     let mut result = crew.run(0, || {
         let mut shown = Instant::now();
-        while Instant::now() < end && !table.stopped() {
+        let mut breaks = 0;
+        while !table.stopped() {
+            let now = Instant::now();
+            if now >= last || now >= end && enough(breaks, most_sharing) {
+                break;
+            }
             thread::sleep(Duration::from_millis(50));
             if ctx.is_thinram() {
-                most_sharing = most_sharing.max(seen()?[0]);
+                let now = seen()?;
+                most_sharing = most_sharing.max(now[0]);
+                breaks = now[2] - before[2];
             }
             if shown.elapsed() > Duration::from_secs(10) {
                 shown = Instant::now();
@@ -992,11 +1015,10 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
     // Whoever lost a write without a reader's notice is found now.
     crew.guarded(14, |hand| hand.check_all(plan))?;
     progress(&table, Instant::now());
-    let count = |which: Head| table.head(which).load(Ordering::Relaxed);
-    within("writes", count(Head::Writes), 1000, u64::MAX)?;
-    within("checked reads", count(Head::Reads), 1000, u64::MAX)?;
+    within("writes", count(Head::Writes), WRITES_MIN, u64::MAX)?;
+    within("checked reads", count(Head::Reads), READS_MIN, u64::MAX)?;
     if plan.punch {
-        within("holes", count(Head::Holes), 20, u64::MAX)?;
+        within("holes", count(Head::Holes), HOLES_MIN, u64::MAX)?;
     }
     if ctx.is_thinram() {
         let after = seen()?;
@@ -1005,9 +1027,8 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
             "passes {}, breaks {breaks}, most pages sharing {most_sharing}",
             after[3] - before[3],
         );
-        // Without merges and breaks this would have tested nothing.
-        within("breaks", breaks, 100, u64::MAX)?;
-        within("most pages sharing", most_sharing, 20, u64::MAX)?;
+        within("breaks", breaks, BREAKS_MIN, u64::MAX)?;
+        within("most pages sharing", most_sharing, SHARING_MIN, u64::MAX)?;
         for vm in ["a", "b", "c"] {
             ctx.sys().vm(vm).stat()?.check_sum()?;
         }
