@@ -11,6 +11,10 @@ use std::collections::BTreeMap;
 figures! {
     /// The host's counters; one that the module does not have is `None`.
     pub struct HostFigures {
+        /// What `state` is measured on.
+        available_kb,
+        /// What it is measured by: `minfree_kb`, or what was computed.
+        minfree_effective_kb,
         /// Pages looked at since the module was loaded.
         pages_scanned,
         /// Passes over all memory.

@@ -503,6 +503,17 @@ mod tests {
     }
 
     #[test]
+    fn bounds_and_defaults_are_the_modules() {
+        let modules = thinram_logic::tunables::KNOBS;
+        assert!(modules.len() >= 8);
+        for theirs in modules {
+            let ours = host(theirs.name);
+            assert_eq!(ours.range, (theirs.min, theirs.max), "{}", theirs.name);
+            assert_eq!(ours.default, theirs.default.to_string(), "{}", theirs.name);
+        }
+    }
+
+    #[test]
     fn table_is_sound() {
         let mut seen = HashSet::new();
         for knob in KNOBS {

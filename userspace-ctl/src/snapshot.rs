@@ -127,6 +127,20 @@ pub struct VmSample {
         skip_serializing_if = "Option::is_none"
     )]
     pub swapped_out_kb: Option<u64>,
+    /// Resident memory that the module's reclaim leaves it.
+    #[serde(
+        default,
+        deserialize_with = "kb_or_nothing",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub reservation_kb: Option<u64>,
+    /// Resident memory that the module lets it have; 0 is no limit.
+    #[serde(
+        default,
+        deserialize_with = "kb_or_nothing",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub limit_kb: Option<u64>,
 }
 
 /// A guest about which everything is known.
@@ -144,6 +158,10 @@ pub struct Figures {
     pub active_kb: u64,
     /// Host memory that it holds.
     pub resident_kb: u64,
+    /// Resident memory that the module's reclaim leaves it.
+    pub reservation_kb: u64,
+    /// Resident memory that the module lets it have.
+    pub limit_kb: u64,
 }
 
 impl VmSample {
@@ -174,6 +192,8 @@ impl VmSample {
             guest_total_kb,
             active_kb,
             resident_kb,
+            reservation_kb: self.reservation_kb.unwrap_or(0),
+            limit_kb: self.limit_kb.filter(|kb| *kb > 0).unwrap_or(u64::MAX),
         })
     }
 }
@@ -259,6 +279,7 @@ mod tests {
             active_kb: Some(200),
             resident_kb: Some(800),
             swapped_out_kb: Some(50),
+            ..VmSample::default()
         };
         let figures = vm.figures().unwrap();
         assert_eq!((figures.committed_kb, figures.estimated), (650, true));

@@ -87,8 +87,16 @@ impl Status {
 
         line(
             "state",
-            &[state.as_ref().map(|state| escape(state.as_bytes()))],
-            "",
+            &[
+                state.as_ref().map(|state| escape(state.as_bytes())),
+                figures
+                    .available_kb
+                    .map(|kb| format!("{} available", long_kb(kb))),
+                figures
+                    .minfree_effective_kb
+                    .map(|kb| format!("minfree {}", long_kb(kb))),
+            ],
+            ", ",
         );
         line(
             "scanner",
@@ -173,18 +181,18 @@ impl Status {
                 .iter()
                 .any(|vm| vm.figures.get(name).unwrap_or(0) > 0)
         };
-        let mut columns = vec![Column::text("VM", 12, 0), Column::text("domain", 8, 4)];
+        let mut columns = vec![Column::text("VM", 12, 0), Column::text("domain", 8, 6)];
         let mut names = Vec::new();
         for (title, rank, name, always) in [
             ("size", 0, "size_kb", true),
             ("resident", 0, "resident_kb", true),
-            ("private", 3, "private_kb", true),
+            ("private", 7, "private_kb", true),
             ("shared", 1, "shared_kb", true),
-            ("zero", 2, "zero_kb", true),
-            ("empty", 8, "empty_kb", true),
-            ("huge", 7, "huge_kb", false),
-            ("zipped", 6, "compressed_kb", false),
-            ("swapped", 5, "swapped_kb", false),
+            ("zero", 5, "zero_kb", true),
+            ("empty", 9, "empty_kb", true),
+            ("huge", 8, "huge_kb", false),
+            ("zipped", 3, "compressed_kb", false),
+            ("swapped", 2, "swapped_kb", false),
             ("active", 4, "active_kb", false),
         ] {
             if always || used(name) {

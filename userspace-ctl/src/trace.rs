@@ -211,7 +211,7 @@ mod tests {
                 guest_available_kb: Some(0),
                 active_kb: Some(G),
                 resident_kb: Some(2 * G),
-                swapped_out_kb: None,
+                ..VmSample::default()
             }],
         }
     }

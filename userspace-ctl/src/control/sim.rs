@@ -151,7 +151,7 @@ impl Sim {
                 guest_available_kb: Some(said(guest).saturating_sub(guest.committed)),
                 active_kb: Some(guest.committed.min(said(guest))),
                 resident_kb: Some(guest.resident),
-                swapped_out_kb: None,
+                ..VmSample::default()
             },
             swap_in_kb: Some(guest.swap_in),
             refaults: None,

@@ -208,8 +208,8 @@ pub struct GuestReport {
     pub by_guest: bool,
     /// What its own root asks for, within the bounds or not.
     pub guest_asks_kb: Option<u64>,
-    /// How far it can be ballooned.
-    pub driver: Driver,
+    /// How far it can be ballooned; `null` where it is not reached.
+    pub driver: Option<Driver>,
     /// How it behaves.
     pub conduct: Option<Conduct>,
     /// Least that it may be given.

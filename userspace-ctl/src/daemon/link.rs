@@ -28,7 +28,7 @@ const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// What is known about the other end.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Seen {
-    pub(super) driver: Driver,
+    pub(super) driver: Option<Driver>,
     pub(super) actual_kb: Option<u64>,
     pub(super) error: Option<String>,
     stats: Option<GuestStats>,
@@ -295,11 +295,11 @@ fn note(seen: &Mutex<Seen>, device: bool, actual_kb: Option<u64>, stats: Option<
     if stats.map(|new| new.last_update_s) != seen.stats.map(|old| old.last_update_s) {
         seen.renewed = stats.map(|_| Instant::now());
     }
-    seen.driver = match (device, stats) {
+    seen.driver = Some(match (device, stats) {
         (false, _) => Driver::None,
         (true, None) => Driver::Any,
         (true, Some(_)) => Driver::Driver,
-    };
+    });
     seen.actual_kb = actual_kb;
     seen.stats = stats;
     seen.error = match device {

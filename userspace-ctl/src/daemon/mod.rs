@@ -489,6 +489,7 @@ impl Daemon {
         let available = stats.and_then(|stats| stats.available_kb);
         // Where the module does not sample, what the guest uses by its own words stands in.
         let used = || Some(total?.saturating_sub(available?));
+        let knob = |name: &str| vm.and_then(|vm| vm.knobs.get(name)?.parse().ok());
         let sample = VmSample {
             name: config.name.clone(),
             current_kb: Some(link.actual_kb?),
@@ -499,6 +500,8 @@ impl Daemon {
             active_kb: vm.and_then(|vm| vm.figures.active_kb).or_else(used),
             resident_kb: vm.and_then(|vm| vm.figures.resident_kb),
             swapped_out_kb: stats.and_then(|stats| stats.swapped_out_kb()),
+            reservation_kb: knob("reservation_kb"),
+            limit_kb: knob("limit_kb"),
         };
         Some(Seen {
             sample,

@@ -81,7 +81,7 @@ impl Daemon {
             by_guest: !self.asked.sizes.contains_key(&config.name)
                 && self.asked.by_guest.contains_key(&config.name),
             guest_asks_kb: heard.as_ref().and_then(|heard| heard.asked_kb),
-            driver: seen.as_ref().map(|seen| seen.driver).unwrap_or_default(),
+            driver: seen.as_ref().and_then(|seen| seen.driver),
             conduct: guest.map(Guest::conduct),
             min_kb: config.dynamic_min_kb,
             entitlement_kb: config.entitlement_kb,

@@ -112,8 +112,8 @@ impl<'a> Member<'a> {
     fn new(at: usize, guest: &'a Guest<'a>) -> Option<Self> {
         let config = guest.config;
         let entitlement = config.entitlement_kb.filter(|_| config.amr)?;
-        let least = config.dynamic_min_kb.div_ceil(UNIT) * UNIT;
-        let largest = config.ceiling_kb() / UNIT * UNIT;
+        let least = guest.floor_kb().div_ceil(UNIT) * UNIT;
+        let largest = guest.ceiling_kb() / UNIT * UNIT;
         // Bounds without a multiple of the unit between them leave nothing to move.
         if least > largest {
             return None;

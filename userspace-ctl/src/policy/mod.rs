@@ -63,14 +63,16 @@ struct Guest<'a> {
 }
 
 impl Guest<'_> {
-    /// Least that it may be given.
+    /// Least that it may be given: its minimum, or what the module reserves for it.
     fn floor_kb(&self) -> u64 {
-        self.config.dynamic_min_kb
+        let floor = self.config.dynamic_min_kb.max(self.figures.reservation_kb);
+        floor.min(self.ceiling_kb())
     }
 
-    /// Most that it may be given.
+    /// Most that it may be given: its maximum, or what the module limits it to.
     fn ceiling_kb(&self) -> u64 {
-        self.config.ceiling_kb()
+        let ceiling = self.config.ceiling_kb().min(self.figures.limit_kb);
+        ceiling.max(self.config.dynamic_min_kb)
     }
 
     /// What it has, brought within its bounds.

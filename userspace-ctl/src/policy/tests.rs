@@ -27,7 +27,7 @@ fn guest(name: &str, current_kb: u64, committed_kb: u64) -> VmSample {
         guest_available_kb: Some(current_kb.saturating_sub(committed_kb)),
         active_kb: Some(committed_kb.min(current_kb)),
         resident_kb: Some(current_kb),
-        swapped_out_kb: None,
+        ..VmSample::default()
     }
 }
 
@@ -376,6 +376,35 @@ fn policies_side_by_side_share_what_is_free() {
         &[guest("a", G, 0), guest("b", G, 9 * G), guest("m", G, 0)],
     );
     assert_eq!(sizes(&run(&config, &now)), [2 * G, 2 * G, 2 * G]);
+}
+
+#[test]
+fn the_modules_reservation_and_limit_bound_every_policy() {
+    for policy in PolicyKind::ALL {
+        let host = format!("policy = '{}'", policy.name());
+        let both = "dynamic_min = '1G'\ndynamic_max = '8G'\namr = true\nentitlement = '2G'";
+        let config = config(
+            &host,
+            &[
+                &format!("name = 'a'\n{both}"),
+                &format!("name = 'b'\n{both}"),
+            ],
+        );
+        let mut reserved = guest("a", 4 * G, 0);
+        reserved.reservation_kb = Some(3 * G);
+        let mut limited = guest("b", 4 * G, 8 * G);
+        limited.limit_kb = Some(3 * G);
+        let got = sizes(&run(
+            &config,
+            &snapshot(0, &[reserved.clone(), limited.clone()]),
+        ));
+        assert!(got[0] >= 3 * G && got[1] <= 3 * G, "{policy:?} {got:?}");
+        // 0 is no limit, and bounds of the configuration hold whatever the module has.
+        limited.limit_kb = Some(0);
+        reserved.reservation_kb = Some(64 * G);
+        let got = sizes(&run(&config, &snapshot(64 * G, &[reserved, limited])));
+        assert!(got[0] <= 8 * G && got[1] >= 3 * G, "{policy:?} {got:?}");
+    }
 }
 
 #[test]

@@ -175,7 +175,7 @@ fn draw_table(frame: &mut Frame, top: &Top, rows: &[Row], area: Rect) {
         }
         Cell::from(Span::styled(title, style))
     });
-    let head = TableRow::new(head.chain([Cell::from("RESID over time")]));
+    let head = TableRow::new(head.chain([Cell::from("HISTORY")]));
     let fixed: u16 = columns.iter().map(|sort| width_of(*sort) + 1).sum();
     let graph = usize::from(area.width.saturating_sub(fixed));
     let body = rows.iter().map(|row| {
