@@ -2,11 +2,14 @@
 /*
  * One-line inlines and operation tables, nothing that decides. See helpers.h.
  */
+#include <linux/io.h>
 #include <linux/kthread.h>
+#include <linux/lz4.h>
 #include <linux/memcontrol.h>
 #include <linux/module.h>
 #include <linux/pagemap.h>
 #include <linux/prefetch.h>
+#include <linux/psi.h>
 #include <linux/ratelimit.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
@@ -20,6 +23,26 @@ const gfp_t thinram_gfp_guest_zeroed = GFP_HIGHUSER | __GFP_ACCOUNT | __GFP_NOWA
 const gfp_t thinram_gfp_returned =
 	GFP_HIGHUSER | __GFP_ACCOUNT | __GFP_NORETRY | __GFP_NOWARN;
 const gfp_t thinram_gfp_shared = GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOWARN;
+
+/* Objects of a pool can move, and nobody waits for memory to compress a page. */
+const gfp_t thinram_gfp_pool = GFP_NOWAIT | __GFP_NOWARN | __GFP_HIGHMEM | __GFP_MOVABLE;
+
+static_assert(LZ4_MEM_COMPRESS == THINRAM_LZ4_WORK);
+
+phys_addr_t thinram_virt_to_phys(const void *address)
+{
+	return virt_to_phys((void *)address);
+}
+
+void *thinram_phys_to_virt(phys_addr_t address)
+{
+	return phys_to_virt(address);
+}
+
+bool thinram_is_err(unsigned long value)
+{
+	return IS_ERR_VALUE(value);
+}
 
 struct page *thinram_page_alloc(gfp_t gfp, int nid)
 {
@@ -230,6 +253,16 @@ bool thinram_ratelimit(void)
 bool thinram_is_kernel_thread(void)
 {
 	return current->flags & PF_KTHREAD;
+}
+
+void thinram_memstall_enter(unsigned long *flags)
+{
+	psi_memstall_enter(flags);
+}
+
+void thinram_memstall_leave(unsigned long *flags)
+{
+	psi_memstall_leave(flags);
 }
 
 int thinram_owner_pid(void)

@@ -15,6 +15,9 @@
 #include <linux/sysfs.h>
 #include <linux/uio.h>
 
+/* Bytes that LZ4 works in; the constant of lz4.h is no number to bindgen. */
+#define THINRAM_LZ4_WORK 16416
+
 /* C for Rust: pages */
 struct page *thinram_page_alloc(gfp_t gfp, int nid);
 struct page *thinram_page_alloc_vma(gfp_t gfp, struct vm_area_struct *vma, unsigned long addr);
@@ -22,6 +25,7 @@ extern const gfp_t thinram_gfp_guest;
 extern const gfp_t thinram_gfp_guest_zeroed;
 extern const gfp_t thinram_gfp_returned;
 extern const gfp_t thinram_gfp_shared;
+extern const gfp_t thinram_gfp_pool;
 struct page *thinram_pfn_to_page(unsigned long pfn);
 unsigned long thinram_page_to_pfn(const struct page *page);
 void *thinram_page_address(const struct page *page);
@@ -56,8 +60,13 @@ vm_fault_t thinram_huge_insert(struct vm_fault *vmf, struct page *page, bool wri
 bool thinram_fatal_signal_pending(void);
 void thinram_cond_resched(void);
 u64 thinram_thread_cpu_ns(void);
+phys_addr_t thinram_virt_to_phys(const void *address);
+void *thinram_phys_to_virt(phys_addr_t address);
+bool thinram_is_err(unsigned long value);
 unsigned long thinram_total_pages(void);
 bool thinram_ratelimit(void);
+void thinram_memstall_enter(unsigned long *flags);
+void thinram_memstall_leave(unsigned long *flags);
 struct file *thinram_vmf_file(struct vm_fault *vmf);
 void thinram_file_put(struct file *file);
 void thinram_release_fault_lock(struct vm_fault *vmf);

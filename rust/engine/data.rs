@@ -7,7 +7,7 @@
 
 use super::{
     backing::{Backing, PAGE},
-    huge,
+    compress, huge,
     region::{Region, RegionGuard},
 };
 use crate::{
@@ -16,6 +16,7 @@ use crate::{
         page::{Frame, PageRef, Purpose},
         slots::{Content, SLOTS},
         task,
+        zs::Scratch,
     },
 };
 use kernel::prelude::*;
@@ -33,18 +34,34 @@ pub(crate) fn readable(backing: &Backing, page: u64) -> Result<Readable> {
     let Some(region) = backing.region(page) else {
         return Ok(Readable::Zeroes);
     };
-    let guard = region.lock();
     let index = Backing::index(page);
-    let slot = guard.slot(index);
-    let frame = match slot.state() {
-        State::Empty | State::Zero => return Ok(Readable::Zeroes),
-        State::Private | State::Huge => guard.own_page(index).map(|page| page.get()),
-        State::Shared => backing.host().index().frame(slot.record()),
-    };
-    match frame {
-        Some(frame) if frame.as_ref().is_poisoned() => Err(EIO),
-        Some(frame) => Ok(Readable::Page(frame)),
-        None => Err(EIO),
+    let mut spare: Option<(Frame, Scratch)> = None;
+    loop {
+        let guard = region.lock();
+        let slot = guard.slot(index);
+        let frame = match slot.state() {
+            State::Empty | State::Zero => return Ok(Readable::Zeroes),
+            State::Private | State::Huge => guard.own_page(index).map(|page| page.get()),
+            State::Shared => backing.host().index().frame(slot.record()),
+            // The reader gets a copy, the page stays compressed.
+            State::Compressed | State::Filled => {
+                let Some((mut frame, mut scratch)) = spare.take() else {
+                    drop(guard);
+                    let frame = Frame::alloc(Purpose::Guest, -1).ok_or(ENOMEM)?;
+                    spare = Some((frame, Scratch::new().ok_or(ENOMEM)?));
+                    continue;
+                };
+                guard
+                    .unpack(index, &mut scratch, &mut frame)
+                    .map_err(|_| EIO)?;
+                Some(frame)
+            }
+        };
+        return match frame {
+            Some(frame) if frame.as_ref().is_poisoned() => Err(EIO),
+            Some(frame) => Ok(Readable::Page(frame)),
+            None => Err(EIO),
+        };
     }
 }
 
@@ -55,8 +72,15 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
     let region = backing.region_or_new(page)?;
     let index = Backing::index(page);
     let mut spare: Option<(Frame, bool)> = None;
+    let mut scratch = None;
+    if !matches!(region.peek(index).state(), State::Private | State::Huge) {
+        backing.host().throttle(backing.vm());
+    }
     loop {
         let state = region.peek(index).state();
+        if matches!(state, State::Compressed | State::Filled) && scratch.is_none() {
+            scratch = Some(Scratch::new().ok_or(ENOMEM)?);
+        }
         let wants_zeroed = matches!(state, State::Empty | State::Zero);
         if !matches!(state, State::Private | State::Huge) && spare.is_none() {
             let purpose = if wants_zeroed {
@@ -71,7 +95,7 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
         if guard.is_retired() || page >= backing.pages() {
             return Err(EFBIG);
         }
-        if make_private(backing, &mut guard, index, &mut spare)? {
+        if make_private(backing, &mut guard, index, &mut spare, &mut scratch)? {
             guard.may_change(index);
             let frame = guard.own_page(index).map(|page| page.get()).ok_or(EIO)?;
             if frame.as_ref().is_poisoned() {
@@ -88,6 +112,7 @@ fn make_private(
     guard: &mut RegionGuard<'_>,
     index: usize,
     spare: &mut Option<(Frame, bool)>,
+    scratch: &mut Option<Scratch>,
 ) -> Result<bool> {
     let host = backing.host();
     let slot = guard.slot(index);
@@ -115,6 +140,16 @@ fn make_private(
                 backing.count_break();
             }
             host.release(guard.set(index, Content::Private(frame), slot.backoff()));
+            Ok(true)
+        }
+        State::Compressed | State::Filled => {
+            let Some(scratch) = scratch else {
+                return Ok(false);
+            };
+            let Some((frame, _)) = spare.take() else {
+                return Ok(false);
+            };
+            compress::unpack(host, guard, index, scratch, frame).map_err(|_| EIO)?;
             Ok(true)
         }
         State::Shared => {
@@ -152,11 +187,12 @@ pub(crate) fn preallocate(backing: &Backing, from: u64, to: u64) -> Result {
         if region.peek(index).state() != State::Empty {
             continue;
         }
+        backing.host().throttle(backing.vm());
         let frame = Frame::alloc(Purpose::GuestZeroed, region.node());
         let mut spare = Some((frame.ok_or(ENOSPC)?, true));
         let mut guard = region.lock();
         if guard.slot(index).state() == State::Empty {
-            make_private(backing, &mut guard, index, &mut spare)?;
+            make_private(backing, &mut guard, index, &mut spare, &mut None)?;
         }
         drop(guard);
         if page % 64 == 0 {

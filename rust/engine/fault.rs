@@ -12,10 +12,11 @@
 //! | Private | its frame, writable at once [^1]  | its frame, writable                     |
 //! | Shared  | the shared frame, read-only       | a copy of the shared frame              |
 //! | Huge    | its part of the folio, writable   | its part of the folio, writable         |
+//! | Compressed, Filled | a frame with the content, writable | the same                    |
 //!
 //! [^1]: read-only if the scanner write-protected it, so that the write is noticed.
 
-use super::{backing::Backing, region::RegionGuard};
+use super::{backing::Backing, compress, region::RegionGuard, stall};
 use crate::{
     logic::slot::{Slot, State, BACKOFF_MAX},
     sys::{
@@ -23,6 +24,7 @@ use crate::{
         fault::{Answer, Fault, Middle, NoPageTable},
         page::{Frame, Purpose},
         slots::Content,
+        zs::Scratch,
     },
 };
 use core::sync::atomic::Ordering;
@@ -46,6 +48,13 @@ impl Spare {
     }
 }
 
+/// What was allocated before the lock was taken.
+#[derive(Default)]
+struct Supplies {
+    spare: Option<Spare>,
+    scratch: Option<Scratch>,
+}
+
 /// What a look at the locked slot came to.
 enum Step {
     Answered(Answer),
@@ -65,6 +74,7 @@ impl From<Result<Answer, NoPageTable>> for Step {
 /// Which frame a write to this slot needs, if any.
 fn frame_for(slot: Slot, write: bool) -> Option<Purpose> {
     match slot.state() {
+        State::Compressed | State::Filled => Some(Purpose::Guest),
         _ if !write => None,
         State::Empty | State::Zero => Some(Purpose::GuestZeroed),
         State::Shared => Some(Purpose::Guest),
@@ -86,7 +96,7 @@ pub(crate) fn make_writable(backing: &Backing, fault: Fault) -> Answer {
     answer(backing, fault, true)
 }
 
-fn answer(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
+fn answer(backing: &Backing, mut fault: Fault, make_writable: bool) -> Answer {
     let page = fault.page_number();
     let write = make_writable || fault.is_write();
     let events = &backing.vm().events;
@@ -103,14 +113,34 @@ fn answer(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
         Err(_) => return wait(backing, fault, make_writable),
     };
     let index = Backing::index(page);
-    let mut spare = None;
+    let mut supplies = Supplies::default();
+    if !make_writable && frame_for(region.peek(index), write).is_some() {
+        fault = match stall::throttle_fault(backing.host(), backing.vm(), fault) {
+            Ok(fault) => fault,
+            Err(answer) => return answer,
+        };
+    }
     loop {
-        if let (None, Some(purpose)) = (&spare, frame_for(region.peek(index), write)) {
+        let packed = matches!(
+            region.peek(index).state(),
+            State::Compressed | State::Filled
+        );
+        if packed && make_writable {
+            // What was mapped read-only is gone meanwhile: the write comes again as a fault.
+            return Answer::Done;
+        }
+        if packed && supplies.scratch.is_none() {
+            supplies.scratch = Scratch::new();
+            if supplies.scratch.is_none() {
+                return wait(backing, fault, false);
+            }
+        }
+        if let (None, Some(purpose)) = (&supplies.spare, frame_for(region.peek(index), write)) {
             let zeroed = purpose == Purpose::GuestZeroed;
             match backing.vm().pays_for_kernel(|| fault.alloc(purpose)) {
                 Some(frame) => {
                     region.prefer_node(frame.as_ref().node());
-                    spare = Some(Spare { frame, zeroed });
+                    supplies.spare = Some(Spare { frame, zeroed });
                 }
                 None if make_writable => {
                     region.lock().zap(index);
@@ -138,7 +168,7 @@ fn answer(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
             index,
             write,
             make_writable,
-            &mut spare,
+            &mut supplies,
         );
         drop(guard);
         match step {
@@ -176,7 +206,7 @@ fn look(
     index: usize,
     write: bool,
     make_writable: bool,
-    spare: &mut Option<Spare>,
+    supplies: &mut Supplies,
 ) -> Step {
     let host = backing.host();
     let slot = guard.slot(index);
@@ -223,7 +253,7 @@ fn look(
             None => Step::NeedsMemory,
         },
         State::Empty | State::Zero => {
-            let Some(spare) = spare.take() else {
+            let Some(spare) = supplies.spare.take() else {
                 return Step::NeedsFrame;
             };
             if slot.is_zero_mapped() {
@@ -241,8 +271,21 @@ fn look(
             host.release(guard.set(index, Content::Private(spare.into_zeroed()), backoff));
             map_own(fault, guard, index)
         }
+        State::Compressed | State::Filled if make_writable => Step::Answered(Answer::Done),
+        State::Compressed | State::Filled => {
+            let Some(scratch) = &mut supplies.scratch else {
+                return Step::NeedsFrame;
+            };
+            let Some(taken) = supplies.spare.take() else {
+                return Step::NeedsFrame;
+            };
+            match compress::unpack(host, guard, index, scratch, taken.frame) {
+                Ok(()) => map_own(fault, guard, index),
+                Err(_) => Step::Answered(Answer::Poisoned),
+            }
+        }
         State::Shared => {
-            let Some(mut taken) = spare.take() else {
+            let Some(mut taken) = supplies.spare.take() else {
                 return Step::NeedsFrame;
             };
             let Some(shared) = host.index().frame(slot.record()) else {

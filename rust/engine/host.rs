@@ -5,6 +5,7 @@
 //! Lock order: policy > VM list > region > index > registry.
 
 use super::{
+    compress,
     merge::{Refusals, Rules},
     pressure::Pressure,
     region::Registry,
@@ -60,6 +61,12 @@ pub(crate) struct Knobs {
     pub(crate) merge_across_nodes: AtomicU64,
     /// Sharers of one frame at most.
     pub(crate) max_page_sharing: AtomicU64,
+    /// Size of a VM's pool at most, percent of the VM's size.
+    pub(crate) compress_max_percent: AtomicU64,
+    /// Size of a compressed page at most, percent of a page.
+    pub(crate) compress_max_object_percent: AtomicU64,
+    /// How much more idle memory costs: `1 / (1 - tax)`.
+    pub(crate) idle_tax_percent: AtomicU64,
 }
 
 /// What the host counts.
@@ -83,6 +90,14 @@ pub(crate) struct Events {
     pub(crate) waits_for_memory: AtomicU64,
     /// Empty regions for which there was no folio of 2 MiB.
     pub(crate) large_pages_refused_no_memory: AtomicU64,
+    /// Pages that were compressed, same-filled ones too.
+    pub(crate) compressions: AtomicU64,
+    /// Pages that were brought back.
+    pub(crate) decompressions: AtomicU64,
+    /// Pages that could not be: the memory of the pool is broken.
+    pub(crate) decompressions_failed: AtomicU64,
+    /// CPU time of the reclaimer, microseconds.
+    pub(crate) reclaim_cpu_us: AtomicU64,
 }
 
 /// Wakes a thread out of its sleep.
@@ -136,6 +151,8 @@ pub(crate) struct Host {
     pub(crate) events: Events,
     /// Refused merges by reason.
     pub(crate) refusals: Refusals,
+    /// Refused compressions by reason.
+    pub(crate) compress_refusals: compress::Refusals,
     /// How long faults waited for a region's lock.
     pub(crate) lock_wait_us: AtomicHist,
     /// Wakes the scanner.
@@ -195,9 +212,13 @@ impl Host {
                     scan_cpu_max_percent: AtomicU64::new(20),
                     merge_across_nodes: AtomicU64::new(1),
                     max_page_sharing: AtomicU64::new(65536),
+                    compress_max_percent: AtomicU64::new(10),
+                    compress_max_object_percent: AtomicU64::new(50),
+                    idle_tax_percent: AtomicU64::new(75),
                 },
                 events: Events::default(),
                 refusals: Refusals::default(),
+                compress_refusals: compress::Refusals::default(),
                 lock_wait_us: AtomicHist::new(),
                 scanner_bell <- Bell::new(),
                 reclaimer_bell <- Bell::new(),
@@ -267,7 +288,7 @@ impl Host {
     /// Frees what a slot owned.
     pub(crate) fn release(&self, content: Content) {
         match content {
-            Content::Empty | Content::Zero | Content::Huge(_) => {}
+            Content::Empty | Content::Zero | Content::Huge(_) | Content::Filled(_) => {}
             Content::Private(frame) => drop(frame),
             Content::Shared(sharer) => drop(self.index.leave(sharer)),
         }

@@ -26,10 +26,15 @@ use crate::{
 use core::sync::atomic::Ordering;
 use kernel::prelude::*;
 
+/// KiB of a folio.
+const HUGE_KB: u64 = 2048;
+
 impl Host {
-    /// Whether an empty region of `vm` may become a folio: not while memory is short.
+    /// Whether an empty region of `vm` may become a folio: not while memory is short, for the host or
+    /// for the VM.
     pub(crate) fn wants_large(&self, vm: &Vm) -> bool {
         self.state() == HostState::High
+            && vm.has_room_for_kb(HUGE_KB)
             && vm.large_pages().unwrap_or(self.large_pages()) == LargePages::Always
     }
 

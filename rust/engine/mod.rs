@@ -3,7 +3,8 @@
 //! What ThinRAM does with the pages of its guests. No `unsafe` here.
 //!
 //! ```text
-//! host -> { scan, reclaim, regroup, pressure } -> { merge } -> { shared, region } ; fault, data -> { region, shared }
+//! host -> { scan, reclaim, regroup, pressure } -> { merge, compress } -> { shared, region }
+//! fault, data -> { region, shared, compress, stall }
 //! ```
 //!
 //! A page's way: `fault` fills a slot of a `region`, `scan` hashes it, `shared` knows whether the
@@ -11,6 +12,8 @@
 //! the writer a frame of its own again. `data` is the same for read(2), write(2) and fallocate(2).
 
 pub(crate) mod backing;
+pub(crate) mod caps;
+pub(crate) mod compress;
 pub(crate) mod data;
 pub(crate) mod fault;
 pub(crate) mod host;
@@ -22,4 +25,5 @@ pub(crate) mod region;
 pub(crate) mod regroup;
 pub(crate) mod scan;
 pub(crate) mod shared;
+pub(crate) mod stall;
 pub(crate) mod vm;

@@ -11,8 +11,11 @@ use crate::{
     logic::state::{self, HostState, Tracker, STATES},
     sys::{clock, kobj::FileNotice, memory},
 };
-use core::sync::atomic::{AtomicU64, AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 use kernel::{new_spinlock, prelude::*, sync::SpinLock};
+
+/// Below this percentage of minfree nobody gets memory before the reclaimer made progress.
+const CRITICAL_PERCENT: u64 = 16;
 
 struct Inner {
     tracker: Tracker,
@@ -25,6 +28,8 @@ struct Inner {
 pub(crate) struct Pressure {
     /// The tracker's state, for those who look without the lock.
     state: AtomicU8,
+    /// Whether so little is available that nobody gets any.
+    critical: AtomicBool,
     /// `minfree_kb`, 0 = computed.
     minfree_kb: AtomicU64,
     #[pin]
@@ -36,6 +41,7 @@ impl Pressure {
     pub(crate) fn new() -> impl PinInit<Pressure> {
         pin_init!(Pressure {
             state: AtomicU8::new(0),
+            critical: AtomicBool::new(false),
             minfree_kb: AtomicU64::new(0),
             inner <- new_spinlock!(
                 Inner { tracker: Tracker::new(clock::now_us()), notice: None },
@@ -53,7 +59,29 @@ impl Pressure {
     /// Looks at the memory; true if the state changed. May be called with any lock held.
     pub(crate) fn look(&self) -> bool {
         let (available_kb, minfree_kb) = (memory::available_kb(), self.effective_minfree_kb());
+        let critical = available_kb < minfree_kb / 100 * CRITICAL_PERCENT;
+        self.critical.store(critical, Ordering::Relaxed);
         self.change(|tracker, now_us| tracker.observe(now_us, available_kb, minfree_kb))
+    }
+
+    /// Whether so little is available that everybody has to wait.
+    #[inline]
+    pub(crate) fn is_critical(&self) -> bool {
+        self.critical.load(Ordering::Relaxed)
+    }
+
+    /// KiB that the reclaimer should free for the host: until what Hard is left at is available, or
+    /// everything while that state is forced.
+    pub(crate) fn wanted_kb(&self) -> u64 {
+        if self.state() < HostState::Hard {
+            return 0;
+        }
+        if self.is_forced() {
+            return u64::MAX;
+        }
+        HostState::Hard
+            .leave_kb(self.effective_minfree_kb())
+            .saturating_sub(memory::available_kb())
     }
 
     /// Holds the state, or lets it follow the memory again. True if it changed.

@@ -16,8 +16,9 @@ use crate::{
     sys::{
         huge::HugeFrame,
         mapping::Mapping,
-        page::PageRef,
+        page::{Frame, PageRef},
         slots::{Content, SlotKey, SlotWords, SLOTS},
+        zs::{Corrupt, NoRoom, Scratch},
     },
 };
 use core::sync::atomic::{AtomicI32, AtomicU32, Ordering};
@@ -63,7 +64,7 @@ pub(crate) struct Region {
 impl Region {
     /// An empty region that begins at page `first_page` of a file of `vm`.
     pub(crate) fn new(first_page: u64, vm: Arc<Vm>, mapping: Mapping) -> Result<Arc<Region>> {
-        let (words, key) = SlotWords::new()?;
+        let (words, key) = SlotWords::new(vm.store().clone())?;
         Arc::pin_init(
             pin_init!(Region {
                 id: AtomicU32::new(u32::MAX),
@@ -181,6 +182,7 @@ fn counted_as(slot: Slot) -> counts::Class {
         State::Private => counts::Class::Private,
         State::Shared => counts::Class::Shared,
         State::Huge => counts::Class::Huge,
+        State::Compressed | State::Filled => counts::Class::Compressed,
     }
 }
 
@@ -299,6 +301,41 @@ impl RegionGuard<'_> {
         counts.move_page(counted_as(old), counted_as(new));
         counts.reclassify(known_class(old), known_class(new));
         owned
+    }
+
+    /// Keeps `bytes` in place of a Private page, which is freed, if the VM's pool is not larger than
+    /// `max_pages` then. No mapping may show the page.
+    pub(crate) fn pack(
+        &mut self,
+        index: usize,
+        bytes: &[u8],
+        node: i32,
+        max_pages: u64,
+    ) -> core::result::Result<(), NoRoom> {
+        let old = self.slot(index);
+        let frame = self
+            .region
+            .words
+            .pack(&mut self.inner.key, index, bytes, node, max_pages)?;
+        self.set_protected(index, false);
+        let mut counts = self.region.vm.counts();
+        counts.move_page(counts::Class::Private, counts::Class::Compressed);
+        counts.reclassify(known_class(old), None);
+        drop(counts);
+        drop(frame);
+        Ok(())
+    }
+
+    /// Fills `to` with what a Compressed or Filled slot stands for; the slot stays as it is.
+    pub(crate) fn unpack(
+        &self,
+        index: usize,
+        scratch: &mut Scratch,
+        to: &mut Frame,
+    ) -> core::result::Result<(), Corrupt> {
+        self.region
+            .words
+            .unpack(&self.inner.key, index, scratch, to)
     }
 
     /// Takes the page out of every page table.

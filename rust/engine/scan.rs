@@ -444,7 +444,7 @@ fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
         State::Private => !slot.skipped_in(pass, index as u64),
         // Every 8th pass is soon enough to give a lonely shared frame back, or to unite two.
         State::Shared => pass.wrapping_add(index as u64) % 8 == 0,
-        State::Empty | State::Zero | State::Huge => false,
+        State::Empty | State::Zero | State::Huge | State::Compressed | State::Filled => false,
     }
 }
 

@@ -4,6 +4,7 @@
 //!
 //! Lock order: the VM list > a VM's domain. A VM's counts are a leaf under any region lock.
 
+use super::host::Knobs;
 use crate::{
     logic::{
         counts::{self, Counts},
@@ -11,7 +12,7 @@ use crate::{
         slot,
         tunables::{LargePages, ShareScope},
     },
-    sys::{cgroup::Payer, kobj::Directory, task},
+    sys::{cgroup::Payer, clock, kobj::Directory, task, zs::Store},
 };
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use kernel::{
@@ -19,8 +20,9 @@ use kernel::{
     prelude::*,
     sync::{
         lock::{mutex::MutexBackend, spinlock::SpinLockBackend, Guard},
-        Arc, CondVar, Mutex, SpinLock,
+        Arc, CondVar, CondVarTimeoutResult, Mutex, SpinLock,
     },
+    time::msecs_to_jiffies,
 };
 
 /// Who shares with whom, as a number: pages meet only under equal numbers.
@@ -101,8 +103,45 @@ pub(crate) struct VmEvents {
     pub(crate) cow_breaks: AtomicU64,
     /// Write faults on pages that the scanner had write-protected.
     pub(crate) protect_faults: AtomicU64,
-    /// Microseconds that faults waited for memory.
+    /// Microseconds that its tasks waited for memory.
     pub(crate) stall_us: AtomicU64,
+    /// Times that one had to wait because the VM, or the host, has too little.
+    pub(crate) stalls: AtomicU64,
+    /// Pages that were compressed, same-filled ones too.
+    pub(crate) compressions: AtomicU64,
+    /// Pages that were brought back.
+    pub(crate) decompressions: AtomicU64,
+}
+
+/// What the reclaimer knows of a VM.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Clock {
+    /// Number of the region that it is at.
+    pub(crate) region: u32,
+    /// The page that comes next in it.
+    pub(crate) index: usize,
+    /// Pages of the window around that which were mapped when the sweep came to them.
+    pub(crate) touched: u64,
+    /// Pages that this sweep freed.
+    pub(crate) freed: u64,
+    /// Sweeps in a row that freed nothing.
+    pub(crate) barren: u32,
+    /// Times in a row that there was nothing to take.
+    pub(crate) stuck: u32,
+    /// It is left alone until then.
+    pub(crate) rest_until_us: u64,
+}
+
+/// How much memory a VM may have, and what it pays; read without a lock.
+pub(crate) struct Claims {
+    /// `shares`
+    pub(crate) shares: AtomicU64,
+    /// `reservation_kb`
+    pub(crate) reservation_kb: AtomicU64,
+    /// `limit_kb`, 0 = none.
+    pub(crate) limit_kb: AtomicU64,
+    /// Its own `compress_max_percent`, 0 = the host's.
+    pub(crate) compress_max_percent: AtomicU64,
 }
 
 /// One VM: the files of one directory.
@@ -127,6 +166,25 @@ pub(crate) struct Vm {
     large_pages: AtomicU8,
     #[pin]
     scan_budget: SpinLock<TokenBucket>,
+    /// How much memory it may have.
+    pub(crate) claims: Claims,
+    store: Arc<Store>,
+    #[pin]
+    clock: SpinLock<Clock>,
+    /// What did not work before may work now.
+    anew: AtomicBool,
+    /// It told the reclaimer that it is about to reach its limit.
+    asked: AtomicBool,
+    /// Tasks that wait until it has less.
+    waiters: AtomicU32,
+    #[pin]
+    relief: Mutex<()>,
+    #[pin]
+    relieved: CondVar,
+    /// The reclaimer found nothing more to take.
+    stuck: AtomicBool,
+    /// It holds more than its fair share.
+    over_share: AtomicBool,
     owner_pid: AtomicI32,
     /// The cgroup of the process that mapped its memory last: it pays where a kernel thread allocates.
     #[pin]
@@ -235,6 +293,135 @@ impl Vm {
     pub(crate) fn set_large_pages(&self, value: Option<LargePages>) {
         let index = value.map_or(AS_HOST, |value| value.index() as u8);
         self.large_pages.store(index, Ordering::Relaxed);
+    }
+
+    /// Its compressed pages.
+    pub(crate) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// KiB that its compressed pages take.
+    pub(crate) fn pool_kb(&self) -> u64 {
+        counts::pages_to_kb(self.store.pages())
+    }
+
+    /// KiB that the VM itself holds.
+    pub(crate) fn resident_kb(&self) -> u64 {
+        self.snapshot().pages.resident_kb(self.pool_kb())
+    }
+
+    /// The largest size of its pool, by the host's knob if it has none of its own.
+    pub(crate) fn pool_cap_pages(&self, knobs: &Knobs) -> u64 {
+        let percent = match self.claims.compress_max_percent.load(Ordering::Relaxed) {
+            0 => knobs.compress_max_percent.load(Ordering::Relaxed),
+            own => own,
+        };
+        self.snapshot().pages.total().saturating_mul(percent) / 100
+    }
+
+    /// Whether it holds more than `limit_kb`.
+    pub(crate) fn is_over_limit(&self) -> bool {
+        match self.claims.limit_kb.load(Ordering::Relaxed) {
+            0 => false,
+            limit_kb => self.resident_kb() > limit_kb,
+        }
+    }
+
+    /// KiB above which the reclaimer begins to keep it below its limit, and KiB at which it ends:
+    /// who takes memory should not have to wait each time. `None` without a limit.
+    pub(crate) fn limit_marks_kb(&self) -> Option<(u64, u64)> {
+        match self.claims.limit_kb.load(Ordering::Relaxed) {
+            0 => None,
+            limit_kb => Some((limit_kb - limit_kb / 64, limit_kb - limit_kb / 16)),
+        }
+    }
+
+    /// Whether it may take `kb` more and stay well below its limit.
+    pub(crate) fn has_room_for_kb(&self, kb: u64) -> bool {
+        self.limit_marks_kb()
+            .is_none_or(|(high_kb, _)| self.resident_kb().saturating_add(kb) <= high_kb)
+    }
+
+    /// Whether the reclaimer should be told that it is about to reach its limit; once.
+    pub(crate) fn should_ask(&self) -> bool {
+        self.limit_marks_kb()
+            .is_some_and(|(high_kb, _)| self.resident_kb() > high_kb)
+            && !self.asked.swap(true, Ordering::Relaxed)
+    }
+
+    /// The reclaimer heard it.
+    pub(super) fn heard(&self) {
+        self.asked.store(false, Ordering::Relaxed);
+    }
+
+    /// Waits until `over` says so, for `us` microseconds at most, or for a signal.
+    pub(crate) fn wait_for_relief(&self, us: u64, over: impl Fn() -> bool) {
+        /// What is waited for may come without a word.
+        const STEP_MS: u32 = 10;
+        self.waiters.fetch_add(1, Ordering::Relaxed);
+        let start = clock::now_us();
+        let mut relief = self.relief.lock();
+        while !over() && clock::now_us().saturating_sub(start) < us {
+            let step = msecs_to_jiffies(STEP_MS);
+            match self.relieved.wait_interruptible_timeout(&mut relief, step) {
+                CondVarTimeoutResult::Signal { .. } => break,
+                _ => continue,
+            }
+        }
+        drop(relief);
+        self.waiters.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Whether a task waits until it has less.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.waiters.load(Ordering::Relaxed) != 0
+    }
+
+    /// It has less: who waits looks again.
+    pub(super) fn relieve_waiters(&self) {
+        self.relieved.notify_all();
+    }
+
+    /// Whether the reclaimer found nothing more to take from it.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.stuck.load(Ordering::Relaxed)
+    }
+
+    /// Only the reclaimer calls this.
+    pub(super) fn set_stuck(&self, stuck: bool) {
+        self.stuck.store(stuck, Ordering::Relaxed);
+    }
+
+    /// Whether it held more than its fair share when the host became short of memory.
+    pub(crate) fn is_over_share(&self) -> bool {
+        self.over_share.load(Ordering::Relaxed)
+    }
+
+    /// Only the reclaimer calls this.
+    pub(super) fn set_over_share(&self, over: bool) {
+        self.over_share.store(over, Ordering::Relaxed);
+    }
+
+    /// The reclaimer's place in it.
+    pub(super) fn clock(&self) -> Clock {
+        let mut clock = self.clock.lock();
+        if self.anew.swap(false, Ordering::Relaxed) {
+            clock.barren = 0;
+            clock.stuck = 0;
+            clock.rest_until_us = 0;
+        }
+        *clock
+    }
+
+    /// Only the reclaimer calls this.
+    pub(super) fn set_clock(&self, clock: Clock) {
+        *self.clock.lock() = clock;
+    }
+
+    /// A knob changed: the reclaimer tries again what did not work.
+    pub(crate) fn try_anew(&self) {
+        self.set_stuck(false);
+        self.anew.store(true, Ordering::Relaxed);
     }
 
     /// A mapping was made by the running process, which is `pid`.
@@ -448,6 +635,16 @@ impl Vms {
         }
     }
 
+    /// All of them as of now.
+    pub(crate) fn all(&self) -> Result<KVec<Arc<Vm>>> {
+        let list = self.list.lock();
+        let mut vms = KVec::with_capacity(list.vms.len(), GFP_KERNEL)?;
+        for vm in &list.vms {
+            vms.push(vm.clone(), GFP_KERNEL)?;
+        }
+        Ok(vms)
+    }
+
     /// The domain of that name, made if need be; the empty name is a new domain of nobody else.
     pub(crate) fn domain(&self, name: &[u8]) -> Result<Arc<Domain>> {
         let mut list = self.list.lock();
@@ -534,7 +731,7 @@ impl Vm {
         let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
         owned.extend_from_slice(name, GFP_KERNEL)?;
         let vm = Arc::pin_init(
-            pin_init!(Vm {
+            try_pin_init!(Vm {
                 id,
                 name <- new_mutex!(owned, "thinram_vm_name"),
                 domain <- new_mutex!(domain, "thinram_vm_domain"),
@@ -545,6 +742,21 @@ impl Vm {
                 scan_pages_per_sec: AtomicU64::new(defaults.scan_pages_per_sec),
                 large_pages: AtomicU8::new(AS_HOST),
                 scan_budget <- new_spinlock!(TokenBucket::new(0), "thinram_vm_budget"),
+                claims: Claims {
+                    shares: AtomicU64::new(1000),
+                    reservation_kb: AtomicU64::new(0),
+                    limit_kb: AtomicU64::new(0),
+                    compress_max_percent: AtomicU64::new(0),
+                },
+                store: Store::new()?,
+                clock <- new_spinlock!(Clock::default(), "thinram_vm_clock"),
+                anew: AtomicBool::new(false),
+                asked: AtomicBool::new(false),
+                waiters: AtomicU32::new(0),
+                relief <- new_mutex!((), "thinram_vm_relief"),
+                relieved <- new_condvar!("thinram_vm_relieved"),
+                stuck: AtomicBool::new(false),
+                over_share: AtomicBool::new(false),
                 owner_pid: AtomicI32::new(0),
                 payer <- new_spinlock!(None, "thinram_vm_payer"),
                 mappings: AtomicU64::new(0),

@@ -127,6 +127,26 @@ files! {
             }
             Ok(())
         };
+    "compress_max_percent": |h, page| line(page, load(&h.0.knobs.compress_max_percent)),
+        |h, bytes| {
+            let value = knob("compress_max_percent", bytes)?;
+            h.0.set_compress_max_percent(value)
+        };
+    "compress_max_object_percent": |h, page| {
+            line(page, load(&h.0.knobs.compress_max_object_percent))
+        },
+        |h, bytes| {
+            let value = knob("compress_max_object_percent", bytes)?;
+            h.0.knobs.compress_max_object_percent.store(value, Ordering::Relaxed);
+            h.0.try_anew();
+            Ok(())
+        };
+    "idle_tax_percent": |h, page| line(page, load(&h.0.knobs.idle_tax_percent)),
+        |h, bytes| {
+            let value = knob("idle_tax_percent", bytes)?;
+            h.0.knobs.idle_tax_percent.store(value, Ordering::Relaxed);
+            Ok(())
+        };
     "state": |h, page| line(page, h.0.state().as_str());
     "available_kb": |_, page| line(page, memory::available_kb());
     "minfree_effective_kb": |h, page| line(page, h.0.pressure.effective_minfree_kb());
@@ -163,6 +183,17 @@ files! {
     "large_pages_refused_no_memory": |h, page| {
         line(page, load(&h.0.events.large_pages_refused_no_memory))
     };
+    "compressions": |h, page| line(page, load(&h.0.events.compressions));
+    "decompressions": |h, page| line(page, load(&h.0.events.decompressions));
+    "decompressions_failed": |h, page| line(page, load(&h.0.events.decompressions_failed));
+    "reclaim_cpu_ms": |h, page| line(page, load(&h.0.events.reclaim_cpu_us) / 1000);
+    "compressions_refused_pinned": |h, page| line(page, load(&h.0.compress_refusals.pinned));
+    "compressions_refused_incompressible": |h, page| {
+        line(page, load(&h.0.compress_refusals.incompressible))
+    };
+    "compressions_refused_pool_full": |h, page| line(page, load(&h.0.compress_refusals.pool_full));
+    "compressions_refused_no_memory": |h, page| line(page, load(&h.0.compress_refusals.no_memory));
+    "compressions_refused_poisoned": |h, page| line(page, load(&h.0.compress_refusals.poisoned));
     "merges_refused_pinned": |h, page| line(page, load(&h.0.refusals.pinned));
     "merges_refused_differs": |h, page| line(page, load(&h.0.refusals.differs));
     "merges_refused_full": |h, page| line(page, load(&h.0.refusals.full));
@@ -237,14 +268,38 @@ files! {
             });
             Ok(())
         };
+    "shares": |vm, page| line(page, load(&vm.claims.shares)),
+        |vm, bytes| {
+            let shares = tunables::parse_u64(bytes, 1, tunables::SHARES_MAX).map_err(refused)?;
+            vm.claims.shares.store(shares, Ordering::Relaxed);
+            Ok(())
+        };
+    "reservation_kb": |vm, page| line(page, load(&vm.claims.reservation_kb)),
+        |vm, bytes| {
+            let kb = tunables::parse_u64(bytes, 0, tunables::KB_MAX).map_err(refused)?;
+            vm.claims.reservation_kb.store(kb, Ordering::Relaxed);
+            Ok(())
+        };
+    "limit_kb": |vm, page| line(page, load(&vm.claims.limit_kb)),
+        |vm, bytes| {
+            let kb = tunables::parse_u64(bytes, 0, tunables::KB_MAX).map_err(refused)?;
+            vm.claims.limit_kb.store(kb, Ordering::Relaxed);
+            change(vm, |host, vm| { host.try_vm_anew(vm); Ok(()) })
+        };
+    "compress_max_percent": |vm, page| line(page, load(&vm.claims.compress_max_percent)),
+        |vm, bytes| {
+            let value = knob("compress_max_percent", bytes)?;
+            change(vm, |host, vm| host.set_vm_compress_max_percent(vm, value))
+        };
     "size_kb": |vm, page| line(page, vm.snapshot().pages.size_kb());
-    "resident_kb": |vm, page| line(page, vm.snapshot().pages.resident_kb(0));
+    "resident_kb": |vm, page| line(page, vm.resident_kb());
     "private_kb": |vm, page| line(page, vm.snapshot().pages.private_kb());
     "shared_kb": |vm, page| line(page, vm.snapshot().pages.shared_kb());
     "zero_kb": |vm, page| line(page, vm.snapshot().pages.zero_kb());
     "huge_kb": |vm, page| line(page, vm.snapshot().pages.huge_kb());
     "empty_kb": |vm, page| line(page, vm.snapshot().pages.empty_kb());
     "compressed_kb": |vm, page| line(page, vm.snapshot().pages.compressed_kb());
+    "compressed_pool_kb": |vm, page| line(page, vm.pool_kb());
     "swapped_kb": |vm, page| line(page, vm.snapshot().pages.swapped_kb());
     "stat": |vm, page| stat(vm, page);
     "pages_unshared": |vm, page| line(page, vm.snapshot().unshared);
@@ -252,6 +307,9 @@ files! {
     "faults": |vm, page| line(page, load(&vm.events.faults));
     "cow_breaks": |vm, page| line(page, load(&vm.events.cow_breaks));
     "protect_faults": |vm, page| line(page, load(&vm.events.protect_faults));
+    "compressions": |vm, page| line(page, load(&vm.events.compressions));
+    "decompressions": |vm, page| line(page, load(&vm.events.decompressions));
+    "stalls": |vm, page| line(page, load(&vm.events.stalls));
     "stall_us": |vm, page| line(page, load(&vm.events.stall_us));
     "mappings": |vm, page| line(page, load(&vm.mappings));
     "owner_pid": |vm, page| line(page, vm.owner_pid());
@@ -264,15 +322,17 @@ fn stat(vm: &Vm, page: &mut Page<'_>) -> Result {
         unshared,
         volatile,
     } = vm.snapshot();
+    let pool_kb = vm.pool_kb();
     let mut row = |name: &str, value: u64| writeln!(page, "{name} {value}").map_err(|_| ENOSPC);
     row("size_kb", pages.size_kb())?;
-    row("resident_kb", pages.resident_kb(0))?;
+    row("resident_kb", pages.resident_kb(pool_kb))?;
     row("empty_kb", pages.empty_kb())?;
     row("zero_kb", pages.zero_kb())?;
     row("private_kb", pages.private_kb())?;
     row("shared_kb", pages.shared_kb())?;
     row("huge_kb", pages.huge_kb())?;
     row("compressed_kb", pages.compressed_kb())?;
+    row("compressed_pool_kb", pool_kb)?;
     row("swapped_kb", pages.swapped_kb())?;
     row("pages_unshared", unshared)?;
     row("pages_volatile", volatile)

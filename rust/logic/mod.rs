@@ -10,6 +10,7 @@
 
 pub mod catalog;
 pub mod counts;
+pub mod funding;
 pub mod hist;
 pub mod huge;
 pub mod pace;

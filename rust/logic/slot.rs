@@ -17,6 +17,16 @@
 //! | Private | frame number      | this slot, one reference            | merge, punch        |
 //! | Shared  | shared record id  | the record, one sharer of it        | write fault, punch  |
 //! | Huge    | see `logic::huge` | the region's 2 MiB folio            | split, punch        |
+//! | Filled  | four bytes        | nobody: they fill the page          | any fault, punch    |
+//!
+//! A Compressed page needs more room: its bytes are an object in the VM's pool.
+//!
+//! ```text
+//!  63        52 51                                        4 3      2    0
+//! +------------+-------------------------------------------+--------+------+
+//! | length (12)| physical address of the object's handle (48, in 8 bytes) | 0 | state|
+//! +------------+-------------------------------------------+--------+------+
+//! ```
 //!
 //! The tag is the low 16 bits of the content hash that the last scan saw; class says what that scan
 //! made of the page; stable says that the content cannot have changed since, because every mapping
@@ -32,6 +42,11 @@ pub const BACKOFF_MAX: u8 = 3;
 const STATE_MASK: u64 = 0b111;
 /// The state of a word of a 2 MiB folio.
 pub(super) const HUGE: u64 = 4;
+const COMPRESSED: u64 = 5;
+const FILLED: u64 = 6;
+const ADDRESS_SHIFT: u32 = 4;
+const ADDRESS_BITS: u32 = 48;
+const LENGTH_SHIFT: u32 = ADDRESS_SHIFT + ADDRESS_BITS;
 /// The stable bit alone: it may be cleared without the region lock (see [`Slot::STABLE_BIT`]).
 const STABLE: u64 = 1 << 3;
 const CLASS_SHIFT: u32 = 4;
@@ -40,6 +55,7 @@ const TAG_SHIFT: u32 = 8;
 const PAYLOAD_SHIFT: u32 = 24;
 
 const _: () = assert!(PAYLOAD_SHIFT + PAYLOAD_BITS == u64::BITS);
+const _: () = assert!(LENGTH_SHIFT + 12 == u64::BITS && ADDRESS_SHIFT == STABLE.ilog2() + 1);
 const _: () = assert!(TAG_SHIFT + u16::BITS == PAYLOAD_SHIFT);
 
 /// What the last scan made of a Private page.
@@ -66,6 +82,10 @@ pub enum State {
     Shared,
     /// A part of the region's 2 MiB folio; the rest of the word is a [`super::huge::HugeWord`].
     Huge,
+    /// An object in the VM's pool.
+    Compressed,
+    /// The same four bytes over and over; holds no memory.
+    Filled,
 }
 
 /// A slot word, taken apart by accessors.
@@ -95,6 +115,48 @@ impl Slot {
         Slot(3 | ((id as u64) << PAYLOAD_SHIFT))
     }
 
+    /// The longest compressed page.
+    pub const LENGTH_MAX: u16 = (1 << 12) - 1;
+
+    /// Whether a Compressed word can name an object whose handle lies at this physical address: up
+    /// to 2 PiB, in steps of 8 bytes.
+    #[inline]
+    pub const fn can_hold(address: u64, len: u16) -> bool {
+        address % 8 == 0 && address >> (ADDRESS_BITS + 3) == 0 && len <= Self::LENGTH_MAX
+    }
+
+    /// A page that was compressed to `len` bytes, for what [`Slot::can_hold`].
+    #[inline]
+    pub const fn compressed(address: u64, len: u16) -> Slot {
+        let length = (len & Self::LENGTH_MAX) as u64;
+        let place = (address >> 3) & ((1 << ADDRESS_BITS) - 1);
+        Slot(COMPRESSED | (place << ADDRESS_SHIFT) | (length << LENGTH_SHIFT))
+    }
+
+    /// Physical address of a Compressed page's handle.
+    #[inline]
+    pub const fn object_address(self) -> u64 {
+        ((self.0 >> ADDRESS_SHIFT) & ((1 << ADDRESS_BITS) - 1)) << 3
+    }
+
+    /// Bytes that a Compressed page takes.
+    #[inline]
+    pub const fn object_len(self) -> u16 {
+        (self.0 >> LENGTH_SHIFT) as u16
+    }
+
+    /// A page that `pattern` fills.
+    #[inline]
+    pub const fn filled(pattern: u32) -> Slot {
+        Slot(FILLED | ((pattern as u64) << PAYLOAD_SHIFT))
+    }
+
+    /// What fills a Filled page.
+    #[inline]
+    pub const fn pattern(self) -> u32 {
+        self.payload() as u32
+    }
+
     /// From the word as it is stored.
     #[inline]
     pub const fn from_word(word: u64) -> Slot {
@@ -115,6 +177,8 @@ impl Slot {
             2 => State::Private,
             3 => State::Shared,
             HUGE => State::Huge,
+            COMPRESSED => State::Compressed,
+            FILLED => State::Filled,
             _ => State::Empty,
         }
     }
@@ -161,6 +225,7 @@ impl Slot {
     pub const fn owns_the_same(self, other: Slot) -> bool {
         let bits = match self.state() {
             State::Empty | State::Zero | State::Huge => STATE_MASK,
+            State::Compressed => !STABLE,
             _ => STATE_MASK | (PAYLOAD_MAX << PAYLOAD_SHIFT),
         };
         (self.0 ^ other.0) & bits == 0
@@ -280,6 +345,33 @@ mod tests {
         assert!(Slot::ZERO.owns_the_same(Slot::ZERO.with_zero_mapped()));
         assert!(!Slot::private(3).owns_the_same(Slot::private(4)));
         assert!(!Slot::shared(3).owns_the_same(Slot::private(3)));
+    }
+
+    #[test]
+    fn a_compressed_word_holds_address_and_length() {
+        const LAST: u64 = (1 << 51) - 8;
+        for address in [0, 8, 0x1234_5678, 1 << 46, LAST] {
+            for len in [1, 37, 2048, Slot::LENGTH_MAX] {
+                assert!(Slot::can_hold(address, len));
+                let slot = Slot::compressed(address, len);
+                assert_eq!(slot.state(), State::Compressed);
+                assert_eq!((slot.object_address(), slot.object_len()), (address, len));
+                // Who forgets that a page is unchanged does so without looking at the state.
+                assert_eq!(slot.word() & Slot::NOT_STABLE, slot.word());
+                assert!(!slot.owns_the_same(Slot::compressed(address ^ 8, len)));
+            }
+        }
+        assert!(!Slot::can_hold(LAST + 8, 1));
+        assert!(!Slot::can_hold(12, 1));
+        assert!(!Slot::can_hold(8, Slot::LENGTH_MAX + 1));
+    }
+
+    #[test]
+    fn a_filled_word_holds_its_pattern() {
+        let slot = Slot::filled(0xdead_beef).with_backoff(3);
+        assert_eq!((slot.state(), slot.pattern()), (State::Filled, 0xdead_beef));
+        assert!(!slot.owns_the_same(Slot::filled(0)));
+        assert!(!slot.is_zero_mapped());
     }
 
     #[test]

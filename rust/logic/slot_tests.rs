@@ -36,7 +36,9 @@ impl Plain {
             owned: match slot.state() {
                 State::Private => slot.payload(),
                 State::Shared => slot.record().into(),
+                State::Filled => slot.pattern().into(),
                 State::Empty | State::Zero | State::Huge => 0,
+                State::Compressed => unreachable!("its word has other fields"),
             },
             zero_mapped: slot.is_zero_mapped(),
             class: slot.class(),
@@ -59,7 +61,13 @@ enum Op {
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    const STATES: [State; 4] = [State::Empty, State::Zero, State::Private, State::Shared];
+    const STATES: [State; 5] = [
+        State::Empty,
+        State::Zero,
+        State::Private,
+        State::Shared,
+        State::Filled,
+    ];
     const CLASSES: [Class; 3] = [Class::Unchecked, Class::Unshared, Class::Volatile];
     prop_oneof![
         2 => (prop::sample::select(&STATES[..]), 0..=PAYLOAD_MAX)
@@ -90,6 +98,11 @@ proptest! {
                             let record = owned as u32;
                             (Slot::shared(record), Plain::new(state, record.into()))
                         }
+                        State::Filled => {
+                            let pattern = owned as u32;
+                            (Slot::filled(pattern), Plain::new(state, pattern.into()))
+                        }
+                        State::Compressed => unreachable!("its word has other fields"),
                     };
                 }
                 Op::Look(class, hash) => {

@@ -77,6 +77,12 @@ impl HostState {
         Some(percent_of(minfree_kb, percent))
     }
 
+    /// Available KiB from which on the state can be left for a better one.
+    pub fn leave_kb(self, minfree_kb: u64) -> u64 {
+        self.enter_kb(minfree_kb)
+            .map_or(0, |kb| percent_of(kb, LEAVE_PERCENT))
+    }
+
     /// The state that `available_kb` means, with every threshold scaled by `percent`.
     fn of(available_kb: u64, minfree_kb: u64, percent: u64) -> HostState {
         let short = |state: &&HostState| {

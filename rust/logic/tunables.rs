@@ -273,6 +273,9 @@ impl Knob {
 /// The most KiB that a size in bytes can be.
 pub const KB_MAX: u64 = u64::MAX >> 10;
 
+/// The largest weight of a VM.
+pub const SHARES_MAX: u64 = u32::MAX as u64;
+
 /// The host's numbers; 0 means "none" for paces and "computed" for `minfree_kb`. The idle tax stays
 /// below 100 because memory's price is its inverse.
 pub const KNOBS: &[Knob] = &[

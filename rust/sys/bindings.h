@@ -5,7 +5,9 @@
 #include <linux/fs_parser.h>
 #include <linux/kobject.h>
 #include <linux/kthread.h>
+#include <linux/lz4.h>
 #include <linux/mm.h>
 #include <linux/statfs.h>
 #include <linux/xxhash.h>
+#include <linux/zsmalloc.h>
 #include "../helpers.h"

@@ -171,6 +171,29 @@ impl Fault {
         }
     }
 
+    /// Whether the fault may wait with its lock dropped, and has not done so before.
+    pub(crate) fn may_wait(&self) -> bool {
+        let wanted = bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY;
+        let unwanted =
+            bindings::fault_flag_FAULT_FLAG_RETRY_NOWAIT | bindings::fault_flag_FAULT_FLAG_TRIED;
+        self.flags() & (wanted | unwanted) == wanted
+    }
+
+    /// Runs `f` with the fault lock dropped; the access comes again. Only after
+    /// [`Fault::may_wait`] said so.
+    pub(crate) fn retry_after(self, f: impl FnOnce()) -> Answer {
+        if self.may_wait() {
+            // SAFETY: As in `wait_for_memory`.
+            unsafe {
+                let file = bindings::thinram_vmf_file(self.0.as_ptr());
+                bindings::thinram_release_fault_lock(self.0.as_ptr());
+                f();
+                bindings::thinram_file_put(file);
+            }
+        }
+        Answer::Retry
+    }
+
     /// Waits a moment for memory, with the fault lock dropped where that is allowed.
     pub(crate) fn wait_for_memory(self) -> Answer {
         const WAIT_US: u64 = 10_000;

@@ -17,3 +17,4 @@ pub(crate) mod page;
 pub(crate) mod protect;
 pub(crate) mod slots;
 pub(crate) mod task;
+pub(crate) mod zs;

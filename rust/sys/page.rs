@@ -92,6 +92,18 @@ impl Frame {
         self.as_ref().zero_range(0, PAGE_SIZE);
     }
 
+    /// Fills the whole frame with `pattern`.
+    pub(crate) fn fill(&mut self, pattern: u32) {
+        // SAFETY: The page is PAGE_SIZE long, aligned, and ours alone.
+        unsafe {
+            core::slice::from_raw_parts_mut(
+                self.as_ref().address().cast::<u32>(),
+                PAGE_SIZE / core::mem::size_of::<u32>(),
+            )
+        }
+        .fill(pattern);
+    }
+
     /// Sets one byte.
     #[cfg(CONFIG_KUNIT = "y")]
     pub(crate) fn fill_for_test(&mut self, at: usize, value: u8) {
@@ -271,6 +283,13 @@ impl<'a> PageRef<'a> {
         unsafe { bindings::memcmp(self.address(), other.address(), PAGE_SIZE) == 0 }
     }
 
+    /// Whether any page table maps the page: none does since it was last taken out of them, if it
+    /// was not touched since.
+    pub(crate) fn is_mapped(self) -> bool {
+        // SAFETY: The page is alive.
+        unsafe { bindings::thinram_page_mapcount(self.0.as_ptr()) != 0 }
+    }
+
     /// The label of a shared frame; meaningless for any other.
     pub(crate) fn label(self) -> Label {
         // SAFETY: The page is alive.
@@ -313,6 +332,17 @@ impl<'a> Frozen<'a> {
     /// Whether the frozen page is all zero.
     pub(crate) fn is_zero(&self) -> bool {
         !protect::armed(protect::Protection::Compare) || self.page.is_zero()
+    }
+
+    /// The four bytes that fill the frozen page, if it is nothing else.
+    pub(crate) fn filled_with(&self) -> Option<u32> {
+        const STEP: usize = core::mem::size_of::<u32>();
+        let start = self.page.address().cast::<u8>();
+        // SAFETY: The page is PAGE_SIZE long and aligned; each of its words equals the next.
+        unsafe {
+            (bindings::memcmp(start.cast(), start.add(STEP).cast(), PAGE_SIZE - STEP) == 0)
+                .then(|| start.cast::<u32>().read())
+        }
     }
 
     /// Whether the frozen page equals `other`, which must be frozen or immutable.

@@ -2,16 +2,20 @@
 
 //! The 512 slot words of a region, and who owns what they stand for.
 //!
-//! A word in state Private owns one page reference, one in state Shared owns one sharer of a record.
+//! A word in state Private owns one page reference, one in state Shared owns one sharer of a record,
+//! one in state Compressed owns one object in the VM's store, which never leaves this file.
 //! [`Content`] is that ownership as a value, so that no frame is dropped or doubled by accident.
 
-use super::page::{Frame, PageRef};
+use super::{
+    page::{Frame, PageRef},
+    zs::{Corrupt, NoRoom, Object, Scratch, Store},
+};
 use crate::logic::{
     huge::HugeWord,
     slot::{Slot, State},
 };
 use core::sync::atomic::{AtomicU64, Ordering};
-use kernel::{alloc::AllocError, prelude::*};
+use kernel::{prelude::*, sync::Arc};
 
 /// Pages in a region of 2 MiB.
 pub(crate) const SLOTS: usize = 512;
@@ -45,6 +49,8 @@ pub(crate) enum Content {
     Shared(Sharer),
     /// Nothing: the region's 2 MiB folio is owned by the region.
     Huge(HugeWord),
+    /// Nothing; the page is these four bytes over and over.
+    Filled(u32),
 }
 
 /// The right to change the words: lives inside the region's lock.
@@ -55,25 +61,33 @@ pub(crate) enum Content {
 pub(crate) struct SlotKey(());
 
 /// The words. They may be read, and their stable bit cleared, by anybody at any time.
-pub(crate) struct SlotWords(KBox<[AtomicU64; SLOTS]>);
+pub(crate) struct SlotWords {
+    words: KBox<[AtomicU64; SLOTS]>,
+    /// Where the Compressed ones are.
+    store: Arc<Store>,
+}
 
 impl SlotWords {
-    /// 512 empty slots and the key to them.
-    pub(crate) fn new() -> Result<(SlotWords, SlotKey), AllocError> {
+    /// 512 empty slots, whose compressed pages go to `store`, and the key to them.
+    pub(crate) fn new(store: Arc<Store>) -> Result<(SlotWords, SlotKey)> {
         // SAFETY: Atomic integers; zero is an empty slot.
         let words = unsafe { super::frames::zeroed_box()? };
-        Ok((SlotWords(words), SlotKey(())))
+        Ok((SlotWords { words, store }, SlotKey(())))
     }
 
     /// The word as it is just now.
     #[inline]
     pub(crate) fn peek(&self, index: usize) -> Slot {
-        Slot::from_word(self.0.get(index).map_or(0, |w| w.load(Ordering::Relaxed)))
+        Slot::from_word(
+            self.words
+                .get(index)
+                .map_or(0, |w| w.load(Ordering::Relaxed)),
+        )
     }
 
     /// Forgets that the page is unchanged, so that the next pass hashes it. True when it was set.
     pub(crate) fn clear_stable(&self, index: usize) -> bool {
-        self.0.get(index).is_some_and(|w| {
+        self.words.get(index).is_some_and(|w| {
             w.fetch_and(Slot::NOT_STABLE, Ordering::Relaxed) & Slot::STABLE_BIT != 0
         })
     }
@@ -81,7 +95,7 @@ impl SlotWords {
     /// Changes tag, class, back-off or stable bit; a slot of another state or payload is left alone.
     #[inline]
     pub(crate) fn note(&self, _key: &mut SlotKey, index: usize, slot: Slot) {
-        let Some(word) = self.0.get(index) else {
+        let Some(word) = self.words.get(index) else {
             return;
         };
         let old = Slot::from_word(word.load(Ordering::Relaxed));
@@ -98,7 +112,7 @@ impl SlotWords {
         content: Content,
         backoff: u8,
     ) -> Content {
-        let Some(word) = self.0.get(index) else {
+        let Some(word) = self.words.get(index) else {
             return content;
         };
         let slot = match content {
@@ -106,6 +120,7 @@ impl SlotWords {
             Content::Zero => Slot::ZERO,
             Content::Private(frame) => Slot::private(frame.into_pfn()),
             Content::Shared(sharer) => Slot::shared(sharer.record()),
+            Content::Filled(pattern) => Slot::filled(pattern),
             Content::Huge(word) => word.slot(),
         };
         let word_now = match slot.state() {
@@ -120,6 +135,57 @@ impl SlotWords {
             State::Private => Content::Private(unsafe { Frame::from_pfn(old.payload()) }),
             State::Shared => Content::Shared(Sharer::new(old.record())),
             State::Huge => Content::Huge(HugeWord::from_slot(old).unwrap_or(HugeWord::NEW)),
+            State::Filled => Content::Filled(old.pattern()),
+            State::Compressed => {
+                // SAFETY: The word owned the object, and no longer stands anywhere.
+                self.store.free(unsafe { Object::of_slot(old) });
+                Content::Empty
+            }
+        }
+    }
+
+    /// Keeps `bytes` in place of a Private slot's frame, which is handed over, if the store is not
+    /// larger than `max_pages` then.
+    pub(crate) fn pack(
+        &self,
+        _key: &mut SlotKey,
+        index: usize,
+        bytes: &[u8],
+        node: i32,
+        max_pages: u64,
+    ) -> Result<Frame, NoRoom> {
+        let word = self.words.get(index).ok_or(NoRoom::Memory)?;
+        let slot = Slot::from_word(word.load(Ordering::Relaxed));
+        if slot.state() != State::Private {
+            return Err(NoRoom::Memory);
+        }
+        let object = self.store.put(bytes, node, max_pages)?;
+        word.store(object.into_slot().word(), Ordering::Relaxed);
+        // SAFETY: The word owned this frame number's reference, and no longer stands anywhere.
+        Ok(unsafe { Frame::from_pfn(slot.payload()) })
+    }
+
+    /// Fills `to` with what a Compressed or Filled slot stands for; the slot stays as it is.
+    pub(crate) fn unpack(
+        &self,
+        _key: &SlotKey,
+        index: usize,
+        scratch: &mut Scratch,
+        to: &mut Frame,
+    ) -> Result<(), Corrupt> {
+        let slot = self.peek(index);
+        match slot.state() {
+            State::Compressed => {
+                // SAFETY: The slot owns the object, which only `replace` frees; that needs the key
+                // mutably.
+                let object = unsafe { Object::of_slot(slot) };
+                self.store.get(&object, scratch, to)
+            }
+            State::Filled => {
+                to.fill(slot.pattern());
+                Ok(())
+            }
+            _ => Err(Corrupt),
         }
     }
 

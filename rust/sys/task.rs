@@ -37,6 +37,16 @@ pub(crate) fn is_kernel_thread() -> bool {
     unsafe { bindings::thinram_is_kernel_thread() }
 }
 
+/// Runs `f`, during which the task counts as stalled for want of memory (PSI).
+pub(crate) fn stalled_for_memory(f: impl FnOnce()) {
+    let mut flags = 0;
+    // SAFETY: Both are called by the task itself, with the same flags.
+    unsafe { bindings::thinram_memstall_enter(&mut flags) };
+    f();
+    // SAFETY: As above.
+    unsafe { bindings::thinram_memstall_leave(&mut flags) };
+}
+
 /// Process id of the running task, in the initial namespace.
 pub(crate) fn owner_pid() -> i32 {
     // SAFETY: Looks at the current task.

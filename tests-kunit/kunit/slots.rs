@@ -7,6 +7,7 @@ mod tests {
         sys::{
             page::{Frame, Purpose},
             slots::{Content, SlotWords, SLOTS},
+            zs::Store,
         },
     };
     use kernel::prelude::*;
@@ -17,7 +18,7 @@ mod tests {
 
     #[test]
     fn slots_begin_empty() -> Result {
-        let (words, _key) = SlotWords::new()?;
+        let (words, _key) = SlotWords::new(Store::new()?)?;
         for index in 0..SLOTS {
             assert!(words.peek(index).state() == State::Empty);
         }
@@ -28,7 +29,7 @@ mod tests {
 
     #[test]
     fn a_slot_hands_back_the_frame_it_owned() -> Result {
-        let (words, mut key) = SlotWords::new()?;
+        let (words, mut key) = SlotWords::new(Store::new()?)?;
         let frame = frame()?;
         let pfn = frame.as_ref().pfn();
         assert!(matches!(
@@ -49,7 +50,7 @@ mod tests {
 
     #[test]
     fn dropped_slots_put_their_frames() -> Result {
-        let (words, mut key) = SlotWords::new()?;
+        let (words, mut key) = SlotWords::new(Store::new()?)?;
         let frame = frame()?;
         let kept = frame.as_ref().get();
         drop(words.replace(&mut key, 511, Content::Private(frame), 0));
@@ -61,7 +62,7 @@ mod tests {
 
     #[test]
     fn notes_change_no_owner() -> Result {
-        let (words, mut key) = SlotWords::new()?;
+        let (words, mut key) = SlotWords::new(Store::new()?)?;
         drop(words.replace(&mut key, 0, Content::Private(frame()?), 1));
         let slot = words.peek(0);
         assert_eq!(slot.backoff(), 1);

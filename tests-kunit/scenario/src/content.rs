@@ -13,9 +13,21 @@ pub fn mix(value: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// Words that are alike in a row, so that a page compresses to about a third.
+const ALIKE: usize = 4;
+
 /// Word `index` of the page of `seed`.
 pub fn word(seed: u64, index: usize) -> u64 {
-    mix(mix(seed) ^ index as u64)
+    mix(mix(seed) ^ (index / ALIKE) as u64)
+}
+
+/// A page that does not compress.
+pub fn noise(seed: u64) -> PageBuf {
+    let mut out = [0; WORDS];
+    for (index, value) in out.iter_mut().enumerate() {
+        *value = mix(mix(!seed) ^ index as u64);
+    }
+    out
 }
 
 /// The page of `seed`; equal seeds give equal pages, and no page is all zero.

@@ -18,6 +18,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::check::{bytes_are, eq, fails, within};
 use crate::content::page_bytes;
+use crate::contention;
 use crate::ctx::Ctx;
 use crate::harness::Case;
 use crate::sys::{self, Map, PAGE, R, RW};
@@ -37,6 +38,8 @@ const ARENA: usize = 96;
 const FILES: usize = 3;
 /// Contents that pages have in common, so that they merge.
 const CLASSES: u64 = 6;
+/// Calls between two changes of whether pages are compressed.
+const SQUEEZE: u64 = 500;
 /// Calls that a failure shows.
 const SHOWN: usize = 12;
 
@@ -578,6 +581,11 @@ fn calls(ctx: &Ctx) -> Result<()> {
     let end = Instant::now() + ctx.span(10.0);
     let mut count = 0u64;
     while Instant::now() < end {
+        if ctx.is_thinram() && count % SQUEEZE == 0 {
+            // Pages are compressed underneath for as many calls, then not.
+            let squeeze = count / SQUEEZE % 2 == 1;
+            contention::force(ctx, if squeeze { "hard" } else { "none" })?;
+        }
         let op = draw(&mut rng);
         last.push_back((count, op.clone()));
         if last.len() > SHOWN {
@@ -603,9 +611,11 @@ fn calls(ctx: &Ctx) -> Result<()> {
     if ctx.is_thinram() {
         let sys = ctx.sys();
         println!(
-            "cow_breaks {}, full_scans {}",
+            "cow_breaks {}, full_scans {}, compressions {}, decompressions {}",
             sys.get("cow_breaks")?,
-            sys.get("full_scans")?
+            sys.get("full_scans")?,
+            sys.get("compressions")?,
+            sys.get("decompressions")?
         );
         for vm in ["a", "b", "c"] {
             sys.vm(vm).stat()?.check_sum()?;

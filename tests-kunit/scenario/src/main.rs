@@ -4,6 +4,7 @@
 
 mod cgroup;
 mod check;
+mod compress;
 mod content;
 mod contention;
 mod controls;
@@ -162,6 +163,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         nodes::CASES,
         cgroup::CASES,
         huge::CASES,
+        compress::CASES,
         fuzz::CASES,
         torture::CASES,
     ]

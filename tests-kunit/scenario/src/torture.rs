@@ -18,6 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context, Result};
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::uio::{process_vm_readv, process_vm_writev, RemoteIoVec};
 use nix::unistd::Pid;
@@ -27,6 +28,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::check::{eq, within, BusError, Corrupt};
 use crate::content::mix;
+use crate::contention::force;
 use crate::ctx::Ctx;
 use crate::harness::Case;
 use crate::mapping::Disk;
@@ -133,6 +135,22 @@ pub const CASES: &[Case] = &[
         },
     )
     .span(8.0),
+    Case::thinram(
+        "torture/squeeze",
+        "with pages compressed underneath, all ways of access",
+        |ctx| {
+            torture(
+                ctx,
+                &Plan {
+                    by: &[By::Map, By::Map, By::Syscall, By::ProcessVm, By::Direct],
+                    punch: true,
+                    squeeze: true,
+                    ..Plan::new()
+                },
+            )
+        },
+    )
+    .span(10.0),
     Case::both("torture/all", "all of these at once", |ctx| {
         let by = &[By::Map, By::Map, By::Syscall, By::ProcessVm, By::Direct];
         torture(
@@ -143,6 +161,7 @@ pub const CASES: &[Case] = &[
                 truncate: true,
                 churn: true,
                 toggle: true,
+                squeeze: true,
             },
         )
     })
@@ -170,6 +189,7 @@ struct Plan {
     truncate: bool,
     churn: bool,
     toggle: bool,
+    squeeze: bool,
 }
 
 impl Plan {
@@ -180,6 +200,7 @@ impl Plan {
             truncate: false,
             churn: false,
             toggle: false,
+            squeeze: false,
         }
     }
 }
@@ -234,7 +255,9 @@ impl Spot {
         match self.page as u64 % CLASSES {
             0 => 0,
             class => {
-                (0xc << 60) | (mix((class << 32) | (self.lane * LANE_WORDS + index) as u64) >> 4)
+                // Four words alike in a row: it compresses.
+                let place = (self.lane * LANE_WORDS + index) / 4;
+                (0xc << 60) | (mix((class << 32) | place as u64) >> 4)
             }
         }
     }
@@ -809,6 +832,43 @@ fn toggler(ctx: &Ctx, hand: &mut Hand<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Makes the module compress, live.
+fn squeezer(ctx: &Ctx, hand: &mut Hand<'_>) -> Result<()> {
+    let sys = ctx.sys();
+    let vms = ["a", "b", "c"].map(|name| sys.vm(name));
+    while !hand.table.stopped() {
+        let vm = &vms[hand.rng.random_range(0..vms.len())];
+        match hand.rng.random_range(0..8) {
+            0 => vm.set("limit_kb", [0, 1, 100, 200][hand.rng.random_range(0..4)])?,
+            1 => vm.set(
+                "reservation_kb",
+                [0, 100, 4000][hand.rng.random_range(0..3)],
+            )?,
+            // Refused where what is compressed would not fit into the limit.
+            2 => {
+                let percent = [0, 5, 50][hand.rng.random_range(0..3)];
+                match vm.try_set("compress_max_percent", format!("{percent}").as_bytes()) {
+                    Err(e) if e.raw_os_error() != Some(Errno::ENOMEM as i32) => {
+                        return Err(e.into())
+                    }
+                    _ => {}
+                }
+            }
+            3 => force(ctx, ["none", "low"][hand.rng.random_range(0..2)])?,
+            4 | 5 => force(ctx, "hard")?,
+            _ => vm.stat()?.check_sum()?,
+        }
+        hand.table
+            .head(Head::Events)
+            .fetch_add(1, Ordering::Relaxed);
+        thread::sleep(Duration::from_millis(hand.rng.random_range(1..60)));
+    }
+    for vm in &vms {
+        vm.set("limit_kb", 0)?;
+    }
+    force(ctx, "none")
+}
+
 /// Everything the threads of one process use.
 struct Crew<'a> {
     ctx: &'a Ctx,
@@ -897,6 +957,10 @@ impl<'a> Crew<'a> {
                 let ctx = self.ctx;
                 threads.push(scope.spawn(move || self.guarded(slot(12), |h| toggler(ctx, h))));
             }
+            if number == 1 && plan.squeeze && self.ctx.is_thinram() {
+                let ctx = self.ctx;
+                threads.push(scope.spawn(move || self.guarded(slot(7), |h| squeezer(ctx, h))));
+            }
             let mut result = self.guarded(slot(15), |_| meanwhile());
             for thread in threads {
                 let ended = thread
@@ -943,10 +1007,17 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
     let start = Instant::now();
     fill(ctx, plan, &table, &paths, disk.as_ref(), start)?;
 
-    let seen = || -> Result<[u64; 4]> {
+    let seen = || -> Result<[u64; 6]> {
         let sys = ctx.sys();
-        let names = ["pages_sharing", "zero_pages", "cow_breaks", "full_scans"];
-        let mut values = [0; 4];
+        let names = [
+            "pages_sharing",
+            "zero_pages",
+            "cow_breaks",
+            "full_scans",
+            "compressions",
+            "decompressions",
+        ];
+        let mut values = [0; 6];
         for (value, name) in values.iter_mut().zip(names) {
             *value = sys.get(name)?;
         }
@@ -959,7 +1030,7 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
         })?;
         seen()?
     } else {
-        [0; 4]
+        [0; 6]
     };
     let mut child = sys::fork(|| {
         Crew::new(ctx, plan, &table, &paths, disk.as_ref(), start)?.run(1, || Ok(()))
@@ -1027,6 +1098,12 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
             "passes {}, breaks {breaks}, most pages sharing {most_sharing}",
             after[3] - before[3],
         );
+        if plan.squeeze {
+            let (packed, unpacked) = (after[4] - before[4], after[5] - before[5]);
+            println!("compressed {packed}, brought back {unpacked}");
+            within("compressions", packed, 100, u64::MAX)?;
+            within("decompressions", unpacked, 50, u64::MAX)?;
+        }
         within("breaks", breaks, BREAKS_MIN, u64::MAX)?;
         within("most pages sharing", most_sharing, SHARING_MIN, u64::MAX)?;
         for vm in ["a", "b", "c"] {

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Changes of what bounds the compressed pages.
+//!
+//! A lower cap brings pages back in the background. That takes memory, so a cap that is too low for
+//! what there is is refused, and nothing changes.
+//!
+//! Lock order: VM list > a VM's counts.
+
+use super::{host::Host, vm::Vm};
+use crate::{
+    logic::{counts::pages_to_kb, state::HostState},
+    sys::memory,
+};
+use core::sync::atomic::Ordering;
+use kernel::{prelude::*, sync::Arc};
+
+/// KiB that must become frames again before the pool of `vm` is no larger than `percent`, and what
+/// the VM holds more then.
+fn needed_kb(vm: &Vm, percent: u64) -> (u64, u64) {
+    let pages = vm.snapshot().pages;
+    let (pool, cap) = (
+        vm.store().pages(),
+        pages.total().saturating_mul(percent) / 100,
+    );
+    let excess = pool.saturating_sub(cap);
+    if excess == 0 {
+        return (0, 0);
+    }
+    let compressed_pages = pages.compressed_kb() / 4;
+    let back = (compressed_pages.saturating_mul(excess)).div_ceil(pool);
+    (pages_to_kb(back), pages_to_kb(back.saturating_sub(excess)))
+}
+
+impl Host {
+    /// The reclaimer tries anew, for every VM, what did not work before.
+    pub(crate) fn try_anew(&self) {
+        self.vms().for_each(|vm| vm.try_anew());
+        self.reclaimer_bell.ring();
+    }
+
+    /// The same for one VM.
+    pub(crate) fn try_vm_anew(&self, vm: &Vm) {
+        vm.try_anew();
+        self.reclaimer_bell.ring();
+    }
+
+    /// `compress_max_percent`: ENOMEM when what must be brought back would not fit.
+    pub(crate) fn set_compress_max_percent(&self, percent: u64) -> Result {
+        let mut needed = 0u64;
+        let mut fits = true;
+        self.vms().for_each(|vm| {
+            if vm.claims.compress_max_percent.load(Ordering::Relaxed) == 0 {
+                let (back_kb, more_kb) = needed_kb(vm, percent);
+                needed = needed.saturating_add(back_kb);
+                fits &= has_room(vm, more_kb);
+            }
+        });
+        if !fits || !self.has_room(needed) {
+            return Err(ENOMEM);
+        }
+        self.knobs
+            .compress_max_percent
+            .store(percent, Ordering::Relaxed);
+        self.try_anew();
+        Ok(())
+    }
+
+    /// The same of one VM, 0 = the host's.
+    pub(crate) fn set_vm_compress_max_percent(&self, vm: &Arc<Vm>, percent: u64) -> Result {
+        let effective = match percent {
+            0 => self.knobs.compress_max_percent.load(Ordering::Relaxed),
+            own => own,
+        };
+        let (back_kb, more_kb) = needed_kb(vm, effective);
+        if !has_room(vm, more_kb) || !self.has_room(back_kb) {
+            return Err(ENOMEM);
+        }
+        vm.claims
+            .compress_max_percent
+            .store(percent, Ordering::Relaxed);
+        self.try_vm_anew(vm);
+        Ok(())
+    }
+
+    /// Whether the host is not about to compress once it gave `kb` away.
+    fn has_room(&self, kb: u64) -> bool {
+        let keep_kb = HostState::Hard.leave_kb(self.pressure.effective_minfree_kb());
+        kb == 0 || memory::available_kb() >= kb.saturating_add(keep_kb)
+    }
+}
+
+/// Whether the VM stays within its limit when it holds `kb` more.
+fn has_room(vm: &Vm, kb: u64) -> bool {
+    match vm.claims.limit_kb.load(Ordering::Relaxed) {
+        0 => true,
+        limit_kb => kb == 0 || vm.resident_kb().saturating_add(kb) <= limit_kb,
+    }
+}

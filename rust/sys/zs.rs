@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Compressed pages: LZ4, and the kernel's zsmalloc to keep what comes out.
+
+use super::{
+    bindings,
+    page::{Frame, PageRef},
+};
+use crate::logic::slot::Slot;
+use core::ptr::NonNull;
+use kernel::{
+    alloc::flags::__GFP_NOWARN,
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{Arc, SetOnce},
+};
+
+/// Bytes of working memory that LZ4 asks for.
+const WORK_BYTES: usize = bindings::THINRAM_LZ4_WORK as usize;
+
+/// What LZ4 works in.
+pub(crate) struct Compressor {
+    work: KVBox<[u8; WORK_BYTES]>,
+    out: KBox<[u8; PAGE_SIZE]>,
+}
+
+impl Compressor {
+    /// Allocates it.
+    pub(crate) fn new() -> Result<Compressor> {
+        // SAFETY: Arrays of bytes, which LZ4 writes before it reads them.
+        unsafe {
+            Ok(Compressor {
+                work: KVBox::new_uninit(GFP_KERNEL)?.assume_init(),
+                out: KBox::new_uninit(GFP_KERNEL)?.assume_init(),
+            })
+        }
+    }
+
+    /// Compresses a page, whose bytes must not change meanwhile, to at most `max` bytes; `None` if
+    /// it does not get that small.
+    pub(crate) fn compress(&mut self, page: PageRef<'_>, max: usize) -> Option<&[u8]> {
+        let max = max.min(Slot::LENGTH_MAX as usize);
+        // SAFETY: The page is PAGE_SIZE long, `out` is longer than `max`, and the working memory is
+        // as long as LZ4 asks for.
+        let len = unsafe {
+            bindings::LZ4_compress_default(
+                page.address().cast(),
+                self.out.as_mut_ptr().cast(),
+                PAGE_SIZE as i32,
+                max as i32,
+                self.work.as_mut_ptr().cast(),
+            )
+        };
+        match usize::try_from(len) {
+            Ok(0) | Err(_) => None,
+            Ok(len) => self.out.get(..len),
+        }
+    }
+}
+
+/// Room for a compressed page that lies in two pieces.
+pub(crate) struct Scratch(KBox<[u8; PAGE_SIZE]>);
+
+impl Scratch {
+    /// Allocates it; `None` without memory.
+    pub(crate) fn new() -> Option<Scratch> {
+        let scratch = KBox::new_uninit(GFP_KERNEL | __GFP_NOWARN).ok()?;
+        // SAFETY: An array of bytes, which is written before it is read.
+        Some(Scratch(unsafe { scratch.assume_init() }))
+    }
+}
+
+/// What was kept is not what was put in.
+#[derive(Debug)]
+pub(crate) struct Corrupt;
+
+/// Why an object was not kept.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum NoRoom {
+    /// No memory for it.
+    Memory,
+    /// The store would be larger than it may be.
+    Full,
+}
+
+/// A zsmalloc pool; no object is left when it is dropped.
+struct Pool(NonNull<bindings::zs_pool>);
+
+// SAFETY: zsmalloc has its own locking.
+unsafe impl Send for Pool {}
+// SAFETY: As above.
+unsafe impl Sync for Pool {}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // SAFETY: The slots that own objects hold the store, so none of them is left.
+        unsafe { bindings::zs_destroy_pool(self.0.as_ptr()) }
+    }
+}
+
+/// The compressed pages of a VM. Its pool, some tens of KiB when it is empty, is made when it is
+/// first needed.
+pub(crate) struct Store(SetOnce<Pool>);
+
+/// A compressed page in a store.
+///
+/// # Invariants
+///
+/// The handle is a live object of the store of the slots that it belongs to.
+pub(super) struct Object {
+    handle: usize,
+    len: u16,
+}
+
+impl Object {
+    /// As a slot; the slot is the object's owner then.
+    pub(super) fn into_slot(self) -> Slot {
+        // SAFETY: Handles lie in the direct map: they come from a slab.
+        let address = unsafe { bindings::thinram_virt_to_phys(self.handle as *const _) };
+        Slot::compressed(address, self.len)
+    }
+
+    /// The object of a Compressed slot.
+    ///
+    /// # Safety
+    ///
+    /// `slot` came from [`Object::into_slot`], and the object was not freed.
+    pub(super) unsafe fn of_slot(slot: Slot) -> Object {
+        // SAFETY: The address came from virt_to_phys.
+        let handle = unsafe { bindings::thinram_phys_to_virt(slot.object_address()) };
+        // INVARIANT: by the caller's promise.
+        Object {
+            handle: handle as usize,
+            len: slot.object_len(),
+        }
+    }
+}
+
+impl Store {
+    /// Without a pool yet.
+    pub(crate) fn new() -> Result<Arc<Store>> {
+        Ok(Arc::new(Store(SetOnce::new()), GFP_KERNEL)?)
+    }
+
+    /// Makes the pool if there is none; allocates.
+    pub(crate) fn open(&self) -> Result {
+        if self.0.as_ref().is_some() {
+            return Ok(());
+        }
+        // SAFETY: The name is copied.
+        let pool = unsafe { bindings::zs_create_pool(c"thinram".as_char_ptr()) };
+        let pool = Pool(NonNull::new(pool).ok_or(ENOMEM)?);
+        // Whoever came first made the pool; this one is dropped then.
+        self.0.populate(pool);
+        Ok(())
+    }
+
+    /// Pages of memory that the objects take.
+    pub(crate) fn pages(&self) -> u64 {
+        self.0.as_ref().map_or(0, |pool| {
+            // SAFETY: The pool is alive.
+            unsafe { bindings::zs_get_total_pages(pool.0.as_ptr()) as u64 }
+        })
+    }
+
+    /// Moves objects together, so that memory between them comes free. May take a while.
+    pub(crate) fn compact(&self) {
+        if let Some(pool) = self.0.as_ref() {
+            // SAFETY: The pool is alive.
+            unsafe { bindings::zs_compact(pool.0.as_ptr()) };
+        }
+    }
+
+    /// Keeps `bytes` if the objects take no more than `max_pages` then. Does not wait for memory.
+    pub(super) fn put(&self, bytes: &[u8], node: i32, max_pages: u64) -> Result<Object, NoRoom> {
+        let pool = self.0.as_ref().ok_or(NoRoom::Memory)?.0.as_ptr();
+        let len = u16::try_from(bytes.len()).map_err(|_| NoRoom::Memory)?;
+        // SAFETY: The pool is alive; the flags are a constant of helpers.c.
+        let handle =
+            unsafe { bindings::zs_malloc(pool, bytes.len(), bindings::thinram_gfp_pool, node) };
+        // SAFETY: Looks at a number.
+        if unsafe { bindings::thinram_is_err(handle) } {
+            return Err(NoRoom::Memory);
+        }
+        // INVARIANT: just made in this store.
+        let object = Object { handle, len };
+        // SAFETY: As in `into_slot`.
+        let address = unsafe { bindings::thinram_virt_to_phys(handle as *const _) };
+        if !Slot::can_hold(address, len) {
+            self.free(object);
+            return Err(NoRoom::Memory);
+        }
+        if self.pages() > max_pages {
+            self.free(object);
+            return Err(NoRoom::Full);
+        }
+        // SAFETY: The object is as long as `bytes`, and nobody else knows it.
+        unsafe {
+            bindings::zs_obj_write(pool, handle, bytes.as_ptr().cast_mut().cast(), bytes.len())
+        };
+        Ok(object)
+    }
+
+    /// Decompresses an object into `to`. Does not sleep.
+    pub(super) fn get(
+        &self,
+        object: &Object,
+        scratch: &mut Scratch,
+        to: &mut Frame,
+    ) -> Result<(), Corrupt> {
+        let pool = self.0.as_ref().ok_or(Corrupt)?.0.as_ptr();
+        let len = usize::from(object.len);
+        // SAFETY: By the object's invariant it is alive, and `len` long; the scratch is longer. What
+        // comes out is at most PAGE_SIZE bytes, into a frame that the caller owns alone.
+        let bytes = unsafe {
+            let from = bindings::zs_obj_read_begin(
+                pool,
+                object.handle,
+                len,
+                scratch.0.as_mut_ptr().cast(),
+            );
+            let bytes = bindings::LZ4_decompress_safe(
+                from.cast(),
+                to.as_ref().address().cast(),
+                i32::from(object.len),
+                PAGE_SIZE as i32,
+            );
+            bindings::zs_obj_read_end(pool, object.handle, len, from);
+            bytes
+        };
+        if usize::try_from(bytes) == Ok(PAGE_SIZE) {
+            Ok(())
+        } else {
+            Err(Corrupt)
+        }
+    }
+
+    /// Forgets an object.
+    pub(super) fn free(&self, object: Object) {
+        if let Some(pool) = self.0.as_ref() {
+            // SAFETY: By the object's invariant; nobody has it any more.
+            unsafe { bindings::zs_free(pool.0.as_ptr(), object.handle) }
+        }
+    }
+}
