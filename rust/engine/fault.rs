@@ -161,6 +161,9 @@ fn answer(backing: &Backing, mut fault: Fault, make_writable: bool) -> Answer {
             return Answer::Done;
         }
         guard.revive(index);
+        if guard.touch(index) {
+            backing.vm().sample.count_touched(1);
+        }
         let step = look(
             backing,
             &fault,

@@ -67,6 +67,10 @@ pub(crate) struct Knobs {
     pub(crate) compress_max_object_percent: AtomicU64,
     /// How much more idle memory costs: `1 / (1 - tax)`.
     pub(crate) idle_tax_percent: AtomicU64,
+    /// Pages of a VM that are watched for being touched.
+    pub(crate) active_sample_pages: AtomicU64,
+    /// For so many seconds.
+    pub(crate) active_sample_period_secs: AtomicU64,
 }
 
 /// What the host counts.
@@ -96,6 +100,8 @@ pub(crate) struct Events {
     pub(crate) decompressions: AtomicU64,
     /// Pages that could not be: the memory of the pool is broken.
     pub(crate) decompressions_failed: AtomicU64,
+    /// Periods of sampling that are over.
+    pub(crate) active_samples: AtomicU64,
     /// CPU time of the reclaimer, microseconds.
     pub(crate) reclaim_cpu_us: AtomicU64,
 }
@@ -215,6 +221,8 @@ impl Host {
                     compress_max_percent: AtomicU64::new(10),
                     compress_max_object_percent: AtomicU64::new(50),
                     idle_tax_percent: AtomicU64::new(75),
+                    active_sample_pages: AtomicU64::new(100),
+                    active_sample_period_secs: AtomicU64::new(30),
                 },
                 events: Events::default(),
                 refusals: Refusals::default(),

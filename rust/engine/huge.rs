@@ -95,6 +95,7 @@ pub(crate) fn serve(backing: &Backing, fault: Fault) -> Answer {
         guard.become_huge(spare);
     }
     backing.vm().events.faults.fetch_add(1, Ordering::Relaxed);
+    backing.vm().sample.count_touched(guard.touch_all());
     guard.revive_all();
     match guard.huge() {
         Some(frame) if !frame.is_poisoned() => fault.map_huge(frame, true),

@@ -23,6 +23,7 @@ pub(crate) mod pressure;
 pub(crate) mod reclaim;
 pub(crate) mod region;
 pub(crate) mod regroup;
+pub(crate) mod sample;
 pub(crate) mod scan;
 pub(crate) mod shared;
 pub(crate) mod stall;

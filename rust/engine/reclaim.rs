@@ -17,6 +17,7 @@ use super::{
     compress::{self, Outcome},
     host::Host,
     region::{Region, RegionGuard},
+    sample::Sampler,
     vm::{Clock, Vm},
 };
 use crate::{
@@ -59,7 +60,11 @@ pub(crate) struct Reclaimer(pub(crate) Arc<Host>);
 impl Work for Reclaimer {
     fn run(&self) {
         let host = &self.0;
-        let mut worker = Worker::default();
+        let mut worker = Worker {
+            sampler: Sampler::new(),
+            compressor: None,
+            scratch: None,
+        };
         while !task::should_stop() {
             host.pressure.look();
             let next = worker.round(host);
@@ -94,8 +99,8 @@ enum Next {
 }
 
 /// What the thread works with.
-#[derive(Default)]
 struct Worker {
+    sampler: Sampler,
     compressor: Option<Compressor>,
     scratch: Option<Scratch>,
 }
@@ -106,6 +111,7 @@ impl Worker {
         let Ok(vms) = host.vms().all() else {
             return Next::Soon;
         };
+        self.sampler.turn(host, &vms);
         mark_unfair(host, &vms);
         let mut next = Next::Idle;
         for vm in &vms {
@@ -152,9 +158,11 @@ impl Worker {
             if wanted == 0 || task::should_stop() {
                 return Next::Idle;
             }
+            // Others pay for one that rests only when there is no time to lose.
+            let urgent = host.state() == HostState::Low;
             let tax = host.knobs.idle_tax_percent.load(Ordering::Relaxed);
             let holdings = vms.iter().map(|vm| {
-                if self.rests(vm) {
+                if is_stuck(vm) || urgent && self.rests(vm) {
                     Holding::default()
                 } else {
                     vm.holding(host)
@@ -163,6 +171,9 @@ impl Worker {
             let Some(vm) = funding::poorest(holdings, tax).and_then(|place| vms.get(place)) else {
                 return Next::Soon;
             };
+            if self.rests(vm) {
+                return Next::Soon;
+            }
             let spare = vm.holding(host).spare();
             self.sweep(host, vm, STEP_PAGES.min(spare).min(wanted), true);
             host.pressure.look();
@@ -390,6 +401,12 @@ fn bring_back(
     true
 }
 
+/// Whether there was nothing more to take from a VM lately.
+fn is_stuck(vm: &Vm) -> bool {
+    let clock = vm.clock();
+    clock.stuck > 0 && clock.rest_until_us > clock::now_us()
+}
+
 /// While the host is low, marks the VMs that hold more than their fair share.
 fn mark_unfair(host: &Host, vms: &[Arc<Vm>]) {
     let low = host.state() == HostState::Low;
@@ -425,7 +442,7 @@ impl Vm {
         Holding {
             shares: self.claims.shares.load(Ordering::Relaxed),
             pages,
-            active: pages,
+            active: self.sample.active_pages().unwrap_or(pages),
             reserved: (self
                 .claims
                 .reservation_kb

@@ -11,6 +11,7 @@ use crate::{
     logic::{
         counts,
         huge::HugeWord,
+        sample::Watch,
         slot::{Class, Slot, State},
     },
     sys::{
@@ -21,7 +22,7 @@ use crate::{
         zs::{Corrupt, NoRoom, Scratch},
     },
 };
-use core::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 use kernel::{
     new_mutex, new_spinlock,
     page::PAGE_SIZE,
@@ -55,6 +56,8 @@ pub(crate) struct Region {
     /// the guest's is at hand.
     node: AtomicI32,
     words: SlotWords,
+    /// Pages under watch; changed with the region locked.
+    watch: AtomicU64,
     /// Tasks that wait for the lock: the scanner makes way for them.
     waiters: AtomicU32,
     #[pin]
@@ -72,6 +75,7 @@ impl Region {
                 vm,
                 node: AtomicI32::new(-1),
                 words,
+                watch: AtomicU64::new(Watch::NONE.word()),
                 waiters: AtomicU32::new(0),
                 inner <- new_mutex!(
                     Inner { key, mapping: Some(mapping), protected: [0; SLOTS / 64], huge: None },
@@ -336,6 +340,47 @@ impl RegionGuard<'_> {
         self.region
             .words
             .unpack(&self.inner.key, index, scratch, to)
+    }
+
+    fn watched(&self) -> Watch {
+        Watch::from_word(self.region.watch.load(Ordering::Relaxed))
+    }
+
+    fn set_watched(&mut self, watch: Watch) {
+        self.region.watch.store(watch.word(), Ordering::Relaxed);
+    }
+
+    /// Takes the page out of every page table, and notes whether it is touched from here on. False
+    /// when there is no room for one more, or the page is under watch.
+    pub(crate) fn watch(&mut self, index: usize) -> bool {
+        let Some(watch) = self.watched().watch(index) else {
+            return false;
+        };
+        self.zap(index);
+        self.set_watched(watch);
+        true
+    }
+
+    /// Ends the watch over all pages.
+    pub(crate) fn watch_nothing(&mut self) {
+        self.set_watched(Watch::NONE);
+    }
+
+    /// The page is touched: true if it was under watch.
+    #[inline]
+    pub(crate) fn touch(&mut self, index: usize) -> bool {
+        let Some(rest) = self.watched().touched(index) else {
+            return false;
+        };
+        self.set_watched(rest);
+        true
+    }
+
+    /// Some page of a 2 MiB page is touched: how many were under watch.
+    pub(crate) fn touch_all(&mut self) -> usize {
+        let watched = self.watched().len();
+        self.set_watched(Watch::NONE);
+        watched
     }
 
     /// Takes the page out of every page table.

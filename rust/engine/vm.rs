@@ -4,7 +4,7 @@
 //!
 //! Lock order: the VM list > a VM's domain. A VM's counts are a leaf under any region lock.
 
-use super::host::Knobs;
+use super::{host::Knobs, sample::Sample};
 use crate::{
     logic::{
         counts::{self, Counts},
@@ -168,6 +168,8 @@ pub(crate) struct Vm {
     scan_budget: SpinLock<TokenBucket>,
     /// How much memory it may have.
     pub(crate) claims: Claims,
+    /// How much it uses.
+    pub(crate) sample: Sample,
     store: Arc<Store>,
     #[pin]
     clock: SpinLock<Clock>,
@@ -748,6 +750,7 @@ impl Vm {
                     limit_kb: AtomicU64::new(0),
                     compress_max_percent: AtomicU64::new(0),
                 },
+                sample: Sample::new(),
                 store: Store::new()?,
                 clock <- new_spinlock!(Clock::default(), "thinram_vm_clock"),
                 anew: AtomicBool::new(false),

@@ -9,7 +9,7 @@ use crate::{
         vm::{Vm, VmCounts},
     },
     logic::{
-        counts::pages_to_kb,
+        counts::{pages_to_kb, Class},
         state::HostState,
         tunables::{self, BadValue, Knob, LargePages, RunMode, ShareScope},
     },
@@ -78,10 +78,13 @@ macro_rules! files {
 /// A knob that is a plain number.
 macro_rules! number {
     ($name:literal, $field:ident) => {
+        number!($name, $field, scanner_bell)
+    };
+    ($name:literal, $field:ident, $bell:ident) => {
         |host: &HostFiles, bytes: &[u8]| {
             let value = knob($name, bytes)?;
             host.0.knobs.$field.store(value, Ordering::Relaxed);
-            host.0.scanner_bell.ring();
+            host.0.$bell.ring();
             Ok(())
         }
     };
@@ -147,6 +150,12 @@ files! {
             h.0.knobs.idle_tax_percent.store(value, Ordering::Relaxed);
             Ok(())
         };
+    "active_sample_pages": |h, page| line(page, load(&h.0.knobs.active_sample_pages)),
+        number!("active_sample_pages", active_sample_pages, reclaimer_bell);
+    "active_sample_period_secs": |h, page| {
+            line(page, load(&h.0.knobs.active_sample_period_secs))
+        },
+        number!("active_sample_period_secs", active_sample_period_secs, reclaimer_bell);
     "state": |h, page| line(page, h.0.state().as_str());
     "available_kb": |_, page| line(page, memory::available_kb());
     "minfree_effective_kb": |h, page| line(page, h.0.pressure.effective_minfree_kb());
@@ -183,6 +192,7 @@ files! {
     "large_pages_refused_no_memory": |h, page| {
         line(page, load(&h.0.events.large_pages_refused_no_memory))
     };
+    "active_samples": |h, page| line(page, load(&h.0.events.active_samples));
     "compressions": |h, page| line(page, load(&h.0.events.compressions));
     "decompressions": |h, page| line(page, load(&h.0.events.decompressions));
     "decompressions_failed": |h, page| line(page, load(&h.0.events.decompressions_failed));
@@ -300,6 +310,7 @@ files! {
     "empty_kb": |vm, page| line(page, vm.snapshot().pages.empty_kb());
     "compressed_kb": |vm, page| line(page, vm.snapshot().pages.compressed_kb());
     "compressed_pool_kb": |vm, page| line(page, vm.pool_kb());
+    "active_kb": |vm, page| line(page, active_kb(vm));
     "swapped_kb": |vm, page| line(page, vm.snapshot().pages.swapped_kb());
     "stat": |vm, page| stat(vm, page);
     "pages_unshared": |vm, page| line(page, vm.snapshot().unshared);
@@ -313,6 +324,13 @@ files! {
     "stall_us": |vm, page| line(page, load(&vm.events.stall_us));
     "mappings": |vm, page| line(page, load(&vm.mappings));
     "owner_pid": |vm, page| line(page, vm.owner_pid());
+}
+
+/// Before the first estimate all that the VM has counts as in use.
+fn active_kb(vm: &Vm) -> u64 {
+    let pages = vm.snapshot().pages;
+    let all = pages.total().saturating_sub(pages.get(Class::Empty));
+    pages_to_kb(vm.sample.active_pages().unwrap_or(all))
 }
 
 /// All states of a VM in one snapshot.

@@ -15,6 +15,7 @@ pub mod hist;
 pub mod huge;
 pub mod pace;
 pub mod records;
+pub mod sample;
 pub mod slot;
 pub mod state;
 pub mod tunables;

@@ -290,6 +290,8 @@ pub const KNOBS: &[Knob] = &[
     Knob::new("compress_max_object_percent", 0, 100, 50),
     Knob::new("idle_tax_percent", 0, 99, 75),
     Knob::new("minfree_kb", 0, KB_MAX, 0),
+    Knob::new("active_sample_pages", 0, 1 << 20, 100),
+    Knob::new("active_sample_period_secs", 1, 86_400, 30),
 ];
 
 #[cfg(test)]

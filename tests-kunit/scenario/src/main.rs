@@ -2,6 +2,7 @@
 
 //! Scenario, torture and fuzz tests of a mounted ThinRAM, run as root inside a test machine.
 
+mod active;
 mod cgroup;
 mod check;
 mod compress;
@@ -164,6 +165,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         cgroup::CASES,
         huge::CASES,
         compress::CASES,
+        active::CASES,
         fuzz::CASES,
         torture::CASES,
     ]

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{bail, Context, Result};
 
 /// The controls that a case may change and the harness puts back.
-pub const CONTROLS: [&str; 13] = [
+pub const CONTROLS: [&str; 15] = [
     "run",
     "scan_pages_per_sec",
     "scan_period_secs",
@@ -24,6 +24,8 @@ pub const CONTROLS: [&str; 13] = [
     "compress_max_object_percent",
     "idle_tax_percent",
     "minfree_kb",
+    "active_sample_pages",
+    "active_sample_period_secs",
 ];
 
 /// One directory of values, a bare word a file.

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `active_kb`: how much memory a VM uses, by sampling, without the guest's help.
+//!
+//! At the start of a period pages drawn at random from all of a VM's regions are taken out of the
+//! page tables; a fault on one of them says that it is in use. The sample is spread evenly over the
+//! regions, up to four pages in each; a region of one 2 MiB page counts as a whole.
+//!
+//! Lock order: region, for one page at a time.
+
+use super::{host::Host, vm::Vm};
+use crate::{
+    logic::sample::{samples_in, Outcome},
+    sys::{clock, hash, slots::SLOTS, task},
+};
+use core::sync::atomic::{AtomicU64, Ordering};
+use kernel::sync::Arc;
+
+/// No estimate yet.
+const UNKNOWN: u64 = u64::MAX;
+
+/// What sampling knows of a VM. Only the reclaimer's thread changes it, but for `touched`.
+pub(crate) struct Sample {
+    /// Regions that the VM had when the period began.
+    regions: AtomicU64,
+    /// Regions that were seen so far, of a walk.
+    seen: AtomicU64,
+    /// Pages under watch.
+    watched: AtomicU64,
+    /// Those that were touched.
+    touched: AtomicU64,
+    /// The last estimate in pages.
+    active: AtomicU64,
+}
+
+impl Sample {
+    /// Nothing known yet.
+    pub(crate) const fn new() -> Sample {
+        Sample {
+            regions: AtomicU64::new(0),
+            seen: AtomicU64::new(0),
+            watched: AtomicU64::new(0),
+            touched: AtomicU64::new(0),
+            active: AtomicU64::new(UNKNOWN),
+        }
+    }
+
+    /// So many pages under watch were touched.
+    pub(crate) fn count_touched(&self, pages: usize) {
+        self.touched.fetch_add(pages as u64, Ordering::Relaxed);
+    }
+
+    /// Pages in use by the last estimate, `None` before the first one.
+    pub(crate) fn active_pages(&self) -> Option<u64> {
+        Some(self.active.load(Ordering::Relaxed)).filter(|&pages| pages != UNKNOWN)
+    }
+
+    /// Ends a period.
+    fn end(&self, size_pages: u64) {
+        let outcome = Outcome {
+            watched: self.watched.swap(0, Ordering::Relaxed),
+            touched: self.touched.swap(0, Ordering::Relaxed),
+        };
+        let pages = self
+            .regions
+            .swap(0, Ordering::Relaxed)
+            .saturating_mul(SLOTS as u64);
+        if let Some(active) = outcome.active(pages) {
+            self.active.store(active.min(size_pages), Ordering::Relaxed);
+        }
+        self.seen.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Draws samples, period by period.
+pub(crate) struct Sampler {
+    began_us: u64,
+    random: u64,
+}
+
+impl Sampler {
+    /// Begins with the first period.
+    pub(crate) fn new() -> Sampler {
+        Sampler {
+            began_us: 0,
+            random: hash::random_key(),
+        }
+    }
+
+    /// Ends the period and begins the next one, if it is over.
+    pub(crate) fn turn(&mut self, host: &Host, vms: &[Arc<Vm>]) {
+        let knobs = &host.knobs;
+        let wanted = knobs.active_sample_pages.load(Ordering::Relaxed);
+        let period_us = knobs
+            .active_sample_period_secs
+            .load(Ordering::Relaxed)
+            .saturating_mul(1_000_000);
+        let now_us = clock::now_us();
+        if now_us.saturating_sub(self.began_us) < period_us {
+            return;
+        }
+        self.began_us = now_us;
+        for vm in vms {
+            vm.sample.end(vm.snapshot().pages.total());
+        }
+        host.events.active_samples.fetch_add(1, Ordering::Relaxed);
+        // Who comes meanwhile has no region counted, and is drawn from in the next period.
+        for id in 0..host.registry().end() {
+            if let Some(region) = host.registry().get(id) {
+                region.vm().sample.regions.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        for id in 0..host.registry().end() {
+            let Some(region) = host.registry().get(id) else {
+                continue;
+            };
+            let sample = &region.vm().sample;
+            let (rank, regions) = (
+                sample.seen.fetch_add(1, Ordering::Relaxed),
+                sample.regions.load(Ordering::Relaxed),
+            );
+            let pages = samples_in(rank, regions, wanted);
+            let mut guard = region.lock();
+            guard.watch_nothing();
+            for _ in 0..pages {
+                if guard.watch(self.draw()) {
+                    sample.watched.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            drop(guard);
+            task::cond_resched();
+            if task::should_stop() {
+                return;
+            }
+        }
+    }
+
+    /// A place in a region that no guest can foresee.
+    fn draw(&mut self) -> usize {
+        // Vigna's xorshift64*, from a random start; its high bits are the good ones.
+        self.random ^= self.random >> 12;
+        self.random ^= self.random << 25;
+        self.random ^= self.random >> 27;
+        let drawn = self.random.wrapping_mul(0x2545_f491_4f6c_dd1d);
+        (drawn >> 32) as usize % SLOTS
+    }
+}
