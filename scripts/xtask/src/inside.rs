@@ -243,6 +243,11 @@ const CASES: &[Case] = &[
         run: no_domain,
     },
     Case {
+        name: "limited_guest_is_compressed_and_intact",
+        module: true,
+        run: limited,
+    },
+    Case {
         name: "libvirt_runs_a_guest_unprivileged",
         module: true,
         run: |_| crate::libvirt::guest(),
@@ -584,4 +589,31 @@ fn no_domain(ctx: &Ctx) -> Result<()> {
     );
     work(&mut a, 3)?;
     work(&mut b, 3)
+}
+
+/// A guest that may hold 4 MiB less than it has: its cold pages are compressed under it.
+fn limited(ctx: &Ctx) -> Result<()> {
+    let mount = ctx.mount()?;
+    small_pages()?;
+    // The scanner would find the pages of zeroes first.
+    set("run", "0")?;
+    let dir = mount.vm("web1")?;
+    let mut guest = Guest::start(&Spec::new("web1", Kind::Small, 96, &dir, 32))?;
+    guest.wait("boot", BOOT, Guest::booted)?;
+    guest.wait("pass", SOON, |g| g.passes() >= 1)?;
+    let limit = mount.resident_kb("web1")?.saturating_sub(4096);
+    set("vms/web1/compress_max_percent", "50")?;
+    set("vms/web1/limit_kb", &limit.to_string())?;
+    until("the guest to be within its limit", SOON, || {
+        Ok(mount.resident_kb("web1")? <= limit)
+    })?;
+    let passes = guest.passes();
+    guest.wait("pass", SOON, |g| g.passes() >= passes + 2)?;
+    ensure!(
+        number("vms/web1/decompressions")? > 0,
+        "the guest reads all of its load, yet decompressions is 0"
+    );
+    set("vms/web1/limit_kb", "0")?;
+    work(&mut guest, passes + 3)?;
+    set("run", "1")
 }
