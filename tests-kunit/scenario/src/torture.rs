@@ -984,6 +984,8 @@ const READS_MIN: u64 = 1000;
 const HOLES_MIN: u64 = 20;
 const BREAKS_MIN: u64 = 100;
 const SHARING_MIN: u64 = 20;
+const PACKED_MIN: u64 = 100;
+const UNPACKED_MIN: u64 = 50;
 
 fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
     let table = Table::new()?;
@@ -1041,25 +1043,28 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
     let last = end + ctx.limit(15.0);
     let mut most_sharing = 0;
     let count = |which: Head| table.head(which).load(Ordering::Relaxed);
-    let enough = |breaks: u64, most_sharing: u64| {
+    let enough = |now: &[u64; 6], most_sharing: u64| {
         count(Head::Writes) >= WRITES_MIN
             && count(Head::Reads) >= READS_MIN
             && (!plan.punch || count(Head::Holes) >= HOLES_MIN)
-            && (!ctx.is_thinram() || breaks >= BREAKS_MIN && most_sharing >= SHARING_MIN)
+            && (!ctx.is_thinram()
+                || now[2] - before[2] >= BREAKS_MIN && most_sharing >= SHARING_MIN)
+            && (!plan.squeeze
+                || !ctx.is_thinram()
+                || now[4] - before[4] >= PACKED_MIN && now[5] - before[5] >= UNPACKED_MIN)
     };
     let mut result = crew.run(0, || {
         let mut shown = Instant::now();
-        let mut breaks = 0;
+        let mut now_seen = before;
         while !table.stopped() {
             let now = Instant::now();
-            if now >= last || now >= end && enough(breaks, most_sharing) {
+            if now >= last || now >= end && enough(&now_seen, most_sharing) {
                 break;
             }
             thread::sleep(Duration::from_millis(50));
             if ctx.is_thinram() {
-                let now = seen()?;
-                most_sharing = most_sharing.max(now[0]);
-                breaks = now[2] - before[2];
+                now_seen = seen()?;
+                most_sharing = most_sharing.max(now_seen[0]);
             }
             if shown.elapsed() > Duration::from_secs(10) {
                 shown = Instant::now();
@@ -1101,8 +1106,8 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
         if plan.squeeze {
             let (packed, unpacked) = (after[4] - before[4], after[5] - before[5]);
             println!("compressed {packed}, brought back {unpacked}");
-            within("compressions", packed, 100, u64::MAX)?;
-            within("decompressions", unpacked, 50, u64::MAX)?;
+            within("compressions", packed, PACKED_MIN, u64::MAX)?;
+            within("decompressions", unpacked, UNPACKED_MIN, u64::MAX)?;
         }
         within("breaks", breaks, BREAKS_MIN, u64::MAX)?;
         within("most pages sharing", most_sharing, SHARING_MIN, u64::MAX)?;
