@@ -262,8 +262,29 @@ impl Daemon {
         }
         self.config = config;
         self.asked.sizes = self.runtime.sizes.clone();
+        self.lift_caps();
         self.caps.clear();
         self.controller.decide_next();
+    }
+
+    /// Takes the module's limits away that were written for caps which are no longer configured.
+    fn lift_caps(&self) {
+        let Some(latest) = self.latest.as_ref().filter(|_| !self.options.dry_run) else {
+            return;
+        };
+        let has_cap = |name: &str| self.config.vm(name).is_some_and(|vm| vm.cap_kb.is_some());
+        for name in self.caps.keys().filter(|name| !has_cap(name)) {
+            let (Some(vm), Ok(dir)) = (latest.vm(name), Dir::open(&self.options.root)) else {
+                continue;
+            };
+            match dir.child("vms").child(vm.name.raw()).write("limit_kb", "0") {
+                Ok(()) => say(
+                    Level::Info,
+                    &format!("{name}: limit_kb is 0, the cap is gone"),
+                ),
+                Err(error) => say(Level::Error, &error.to_string()),
+            }
+        }
     }
 
     /// Seconds since 1970: reservations outlive this process.

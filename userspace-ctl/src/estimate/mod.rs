@@ -17,7 +17,9 @@ use crate::table::{self, Column};
 use crate::text::wrap;
 use crate::units::{long_kb, short_kb};
 use serde::{Deserialize, Serialize};
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// Hashes that are kept.
@@ -239,7 +241,14 @@ impl Estimate {
     pub fn save(&self, root: &Path) -> std::io::Result<()> {
         let path = path(root);
         let new = path.with_extension("json.new");
-        fs::write(&new, serde_json::to_vec(self)?)?;
+        // Who has what in common with whom is nobody's business but root's.
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&new)?;
+        file.write_all(&serde_json::to_vec(self)?)?;
         fs::rename(new, path)
     }
 

@@ -194,6 +194,11 @@ fn a_cap_is_the_modules_limit_too() {
         world.tree.read("vms/a/limit_kb") == format!("{}\n", 768 * M)
     });
     world.run_until("the balloon follows", |_| size(&guest) == 768 * M);
+    // The limit goes with the cap.
+    assert_eq!(world.ctl(&["vm", "set", "a", "cap", "default"]).0, Some(0));
+    world.run_until("no limit", |world| {
+        world.tree.read("vms/a/limit_kb") == "0\n" && size(&guest) > 1000 * M
+    });
 }
 
 #[test]
