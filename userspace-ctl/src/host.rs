@@ -43,6 +43,16 @@ figures! {
         cow_breaks,
         /// Write faults on pages that the scanner had protected.
         protect_faults,
+        /// Pages that were compressed.
+        compressions,
+        /// Pages that were brought back.
+        decompressions,
+        /// Pages that could not be brought back.
+        decompressions_failed,
+        /// Periods of sampling that are over.
+        active_samples,
+        /// CPU time of the reclaimer, in ms.
+        reclaim_cpu_ms,
         /// Faults and scans that had to wait for memory.
         waits_for_memory,
         /// Times that the scanner made way for a fault.

@@ -151,7 +151,7 @@ pub const KNOBS: &[Knob] = &[
         "large_pages",
         LARGE,
         TEXT,
-        "always",
+        "never",
         None,
         "Whether new memory may be 2 MiB pages."
     ),
@@ -181,6 +181,24 @@ pub const KNOBS: &[Knob] = &[
         "75",
         None,
         "How much more idle memory costs a VM than memory in use."
+    ),
+    knob!(
+        Host,
+        "active_sample_pages",
+        Kind::Number,
+        (0, 1 << 20),
+        "100",
+        Some("no sampling"),
+        "Pages of each VM whose use is watched, for active_kb."
+    ),
+    knob!(
+        Host,
+        "active_sample_period_secs",
+        Kind::Number,
+        (1, 86400),
+        "30",
+        None,
+        "Seconds for which they are watched."
     ),
     knob!(
         Host,
@@ -231,7 +249,7 @@ pub const KNOBS: &[Knob] = &[
         Vm,
         "shares",
         Kind::Number,
-        ANY,
+        (1, u32::MAX as u64),
         "1000",
         None,
         "Weight of the VM when memory is short."

@@ -343,9 +343,11 @@ pub fn render_vm(vm: &Vm, host: &Host, width: usize) -> String {
         "refaults",
         "cow_breaks",
         "protect_faults",
+        "compressions",
         "decompressions",
         "swap_ins",
         "swap_outs",
+        "stalls",
         "stall_us",
     ]
     .iter()

@@ -52,12 +52,16 @@ figures! {
         refaults,
         /// Shared and zero pages that were written and copied.
         cow_breaks,
+        /// Pages that were compressed.
+        compressions,
         /// Pages that were decompressed.
         decompressions,
         /// Pages that were read from swap.
         swap_ins,
         /// Pages that were written to swap.
         swap_outs,
+        /// Tasks that waited, for its limit or a host that is low.
+        stalls,
         /// Time that faults waited, in us.
         stall_us,
         /// Write faults on pages that the scanner had protected.

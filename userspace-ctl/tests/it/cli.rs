@@ -299,14 +299,14 @@ fn a_knob_of_a_newer_module_is_passed_through() {
 fn what_the_module_made_of_it_is_said() {
     let tree = Tree::full();
     // Reads back another value than was written, as a file of the kernel's may.
-    fs::remove_file(tree.dir().join("vms/web1/shares")).unwrap();
+    fs::remove_file(tree.dir().join("vms/web1/scan_pages_per_sec")).unwrap();
     symlink(
         "/proc/self/timerslack_ns",
-        tree.dir().join("vms/web1/shares"),
+        tree.dir().join("vms/web1/scan_pages_per_sec"),
     )
     .unwrap();
-    let said = ok(&tree, &["vm", "set", "web1", "shares", "0"]);
-    assert!(said.ends_with("(asked for 0)\n"), "{said}");
+    let said = ok(&tree, &["vm", "set", "web1", "scan_pages_per_sec", "0"]);
+    assert!(said.contains("(asked for 0"), "{said}");
 }
 
 #[test]
