@@ -3,6 +3,7 @@
 //! The work behind `make`: sysroot, kernels, boots, verdicts, reports.
 
 mod bench;
+mod bench_cache;
 mod check;
 mod demo;
 mod env;
@@ -43,7 +44,7 @@ enum Task {
     Test,
     /// Three KVM guests share memory on the stock kernel; target/demo/report.json
     Demo,
-    /// ThinRAM's scanner against KSM at native speed; target/bench/scan.json
+    /// ThinRAM against KSM and zswap at native speed; target/bench/*.json
     Bench,
     /// Run a shell command as root in a kernel of its own and show what it says
     Run {
@@ -72,6 +73,8 @@ enum Task {
 
 #[derive(Subcommand)]
 enum Inside {
+    /// The part of the benchmark that compares compression
+    BenchCache,
     /// The benchmark
     Bench,
     /// The demo
@@ -101,7 +104,8 @@ fn work(task: Task) -> Result<ExitCode> {
     env::require_sysroot()?;
     if let Task::Inside(task) = task {
         let good = match task {
-            Inside::Bench => bench::run()?,
+            Inside::Bench => bench::run()? & bench_cache::run()?,
+            Inside::BenchCache => bench_cache::run()?,
             Inside::Demo => demo::run()?,
             Inside::Guests { fs, filter } => inside::guests(fs, &filter)?,
         };
@@ -256,7 +260,7 @@ fn bench_host(kernel: &env::Kernel) -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     step::say(format!(
-        "report: target/bench/scan.json, {}",
+        "reports: target/bench/scan.json and compress.json, {}",
         step::took(run.time)
     ));
     Ok(ExitCode::SUCCESS)
