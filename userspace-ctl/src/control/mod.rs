@@ -91,6 +91,8 @@ pub struct Seen {
     pub swap_in_kb: Option<u64>,
     /// Faults on pages that the module had taken away.
     pub refaults: Option<u64>,
+    /// Memory that it has without holding it: shared, or known to be zero.
+    pub shared_kb: Option<u64>,
 }
 
 /// Host and guests at one time.
@@ -361,7 +363,8 @@ impl Controller {
     }
 
     /// Host memory that nobody holds and nobody was promised: a guest may touch all that its balloon
-    /// leaves it at any time.
+    /// leaves it at any time. What it shares it has already; that costs memory when sharing breaks,
+    /// and is kept back as far as the operator does not take that risk.
     pub fn budget(&self, config: &Config, seen: &Observation) -> i128 {
         let kept = i128::from(config.host.slush_kb) + i128::from(seen.host.reserved_kb);
         let mut free = i128::from(seen.host.available_kb) - kept;
@@ -372,7 +375,10 @@ impl Controller {
                 continue;
             };
             if config.vm(&vm.sample.name).is_some() {
-                free -= i128::from(guest.promised_kb().saturating_sub(resident));
+                let risk = u128::from(config.host.unshare_risk_percent.min(100));
+                let shared = u128::from(vm.shared_kb.unwrap_or(0)) * risk / 100;
+                let untouched = u128::from(guest.promised_kb().saturating_sub(resident));
+                free -= i128::try_from(untouched.saturating_sub(shared)).unwrap_or(i128::MAX);
             }
         }
         free

@@ -36,6 +36,8 @@ pub struct SimGuest {
     pub target: u64,
     /// Host memory that it holds.
     pub resident: u64,
+    /// What it has without holding it.
+    pub shared: u64,
     pub committed: u64,
     /// What its programs ask for more, each second, up to the second number.
     pub growth: (u64, u64),
@@ -57,6 +59,7 @@ impl SimGuest {
             was: current,
             target: current,
             resident: current,
+            shared: 0,
             committed: 0,
             growth: (0, 0),
             working_set: 0,
@@ -86,7 +89,9 @@ impl SimGuest {
             self.resident = self.resident.min(self.current);
         }
         if now_s >= self.touches_at {
-            self.resident = self.resident.max(self.current);
+            self.resident = self
+                .resident
+                .max(self.current - self.shared.min(self.current));
         }
         self.committed = (self.committed + self.growth.0).min(self.growth.1.max(self.committed));
         if self.current < self.working_set {
@@ -155,6 +160,7 @@ impl Sim {
             },
             swap_in_kb: Some(guest.swap_in),
             refaults: None,
+            shared_kb: Some(guest.shared),
         };
         Observation {
             now_s: self.now_s,

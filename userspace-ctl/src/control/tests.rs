@@ -405,6 +405,31 @@ fn what_a_guest_took_before_it_was_called_back_is_not_given_twice() {
 }
 
 #[test]
+fn what_sharing_saves_is_given_as_far_as_the_operator_takes_the_risk() {
+    let size = |risk| {
+        let mut config = two("manual");
+        config.host.unshare_risk_percent = risk;
+        let guests = vec![
+            SimGuest {
+                resident: G,
+                shared: 3 * G,
+                ..SimGuest::new("a", Nature::Ideal, 4 * G)
+            },
+            SimGuest::new("b", Nature::Ideal, G),
+        ];
+        // What a shares is all that is free.
+        let mut sim = Sim::new(5 * G, config, ON, guests);
+        sim.asked.sizes.insert("b".into(), 4 * G);
+        sim.run(300);
+        assert!(sim.worst >= 0);
+        sim.size("b")
+    };
+    assert!(near(size(100), 4 * G), "{}", size(100));
+    assert!(near(size(50), 5 * G / 2), "{}", size(50));
+    assert!(near(size(0), G), "{}", size(0));
+}
+
+#[test]
 fn a_step_under_way_is_not_called_off() {
     // So slow that each decision finds it on its way.
     for (policy, from, to) in [("pressure", 4 * G, G), ("manual", G, 4 * G)] {

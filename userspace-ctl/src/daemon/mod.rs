@@ -528,6 +528,10 @@ impl Daemon {
             sample,
             swap_in_kb: stats.and_then(|stats| stats.swap_in_kb),
             refaults: vm.and_then(|vm| vm.figures.refaults),
+            shared_kb: vm.and_then(|vm| {
+                let figures = &vm.figures;
+                Some(figures.shared_kb?.saturating_add(figures.zero_kb?))
+            }),
         })
     }
 
