@@ -252,6 +252,11 @@ const CASES: &[Case] = &[
         module: true,
         run: |_| crate::libvirt::guest(),
     },
+    Case {
+        name: "daemon_moves_balloons_to_where_pressure_is",
+        module: true,
+        run: |_| crate::balloons::daemon(),
+    },
 ];
 
 /// Runs the cases whose name contains `filter`; KTAP on stdout. True if none failed.

@@ -111,7 +111,7 @@ fn domain() -> String {
 </cmdline></os>
          <features><acpi/></features><cpu mode='host-passthrough'/>
          <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
-           <controller type='usb' model='none'/><memballoon model='none'/>
+           <controller type='usb' model='none'/><memballoon model='virtio'/>
            <serial type='file'><source path='{FILES}/console.log'/></serial></devices></domain>"
     )
 }
@@ -205,6 +205,7 @@ pub fn guest() -> Result<()> {
         intact.count() == LOADS && !lines.iter().any(|l| l.contains("CORRUPT")),
         "{GUEST} found its memory corrupt: {lines:?}"
     );
+    crate::balloons::of_libvirt(GUEST, &vm, GUEST_MIB)?;
 
     virsh(&["destroy", GUEST])?;
     let sysfs = Path::new("/sys/fs/thinram/vms").join(&vm);

@@ -2,6 +2,7 @@
 
 //! The work behind `make`: sysroot, kernels, boots, verdicts, reports.
 
+mod balloons;
 mod bench;
 mod bench_cache;
 mod check;
