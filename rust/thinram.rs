@@ -19,7 +19,7 @@ mod sys;
 #[path = "../tests-kunit/kunit/mod.rs"]
 mod kunit;
 
-use engine::{host::Host, reclaim::Reclaimer, scan::Scanner};
+use engine::{host::Host, reclaim::Reclaimer, scan::Scanner, split::Splitter};
 use sys::task::Thread;
 
 module! {
@@ -37,6 +37,7 @@ struct ThinRam {
     _fs: Registration,
     _debug: Pin<KBox<glue::debug::DebugFiles>>,
     _scanner: Thread<Scanner>,
+    _splitter: Thread<Splitter>,
     _reclaimer: Thread<Reclaimer>,
     _sysfs: SysfsTree,
     _host: HostReference,
@@ -79,6 +80,8 @@ impl kernel::Module for ThinRam {
         let scanner = Thread::start(c"thinram_scan", work)?;
         let work = Arc::new(Reclaimer(host.clone()), GFP_KERNEL)?;
         let reclaimer = Thread::start(c"thinram_reclaim", work)?;
+        let work = Arc::new(Splitter(host.clone()), GFP_KERNEL)?;
+        let splitter = Thread::start(c"thinram_split", work)?;
         let debug = glue::debug::DebugFiles::new(host)?;
         glue::fs::register()?;
         pr_info!("loaded; mount -t thinram -o domain=NAME thinram DIR\n");
@@ -86,6 +89,7 @@ impl kernel::Module for ThinRam {
             _fs: Registration,
             _debug: debug,
             _scanner: scanner,
+            _splitter: splitter,
             _reclaimer: reclaimer,
             _sysfs: sysfs,
             _host: reference,

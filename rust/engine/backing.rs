@@ -143,6 +143,7 @@ impl Backing {
             guard.zap_punched(first, end.saturating_sub(first));
             if guard.huge().is_some() {
                 drop(guard.punch_huge(first, end, cut));
+                self.host.hole_punched(guard.region());
                 return;
             }
             for index in first..end {

@@ -11,6 +11,7 @@ use super::{
     region::Registry,
     regroup::{self, Change},
     shared::{IndexFigures, SharedIndex},
+    split::SplitEvents,
     vm::{MakeDirectory, Scope, Vm, VmDefaults, Vms},
 };
 use crate::{
@@ -71,6 +72,8 @@ pub(crate) struct Knobs {
     pub(crate) active_sample_pages: AtomicU64,
     /// For so many seconds.
     pub(crate) active_sample_period_secs: AtomicU64,
+    /// Holes that a 2 MiB folio may have, percent of it.
+    pub(crate) split_holes_percent: AtomicU64,
 }
 
 /// What the host counts.
@@ -159,6 +162,8 @@ pub(crate) struct Host {
     pub(crate) refusals: Refusals,
     /// Refused compressions by reason.
     pub(crate) compress_refusals: compress::Refusals,
+    /// Splits of 2 MiB folios.
+    pub(crate) splits: SplitEvents,
     /// How long faults waited for a region's lock.
     pub(crate) lock_wait_us: AtomicHist,
     /// Wakes the scanner.
@@ -167,6 +172,9 @@ pub(crate) struct Host {
     /// Wakes the reclaimer.
     #[pin]
     pub(crate) reclaimer_bell: Bell,
+    /// Wakes the splitter.
+    #[pin]
+    pub(crate) splitter_bell: Bell,
     /// How short of memory the host is.
     #[pin]
     pub(crate) pressure: Pressure,
@@ -196,6 +204,10 @@ pub(crate) struct Totals {
     pub(crate) unshared: u64,
     /// Private pages that keep changing.
     pub(crate) volatile: u64,
+    /// Pages in state Huge.
+    pub(crate) huge: u64,
+    /// Pages of them that a split would give back.
+    pub(crate) splittable: u64,
 }
 
 impl Host {
@@ -223,13 +235,16 @@ impl Host {
                     idle_tax_percent: AtomicU64::new(75),
                     active_sample_pages: AtomicU64::new(100),
                     active_sample_period_secs: AtomicU64::new(30),
+                    split_holes_percent: AtomicU64::new(50),
                 },
                 events: Events::default(),
                 refusals: Refusals::default(),
                 compress_refusals: compress::Refusals::default(),
+                splits: SplitEvents::default(),
                 lock_wait_us: AtomicHist::new(),
                 scanner_bell <- Bell::new(),
                 reclaimer_bell <- Bell::new(),
+                splitter_bell <- Bell::new(),
                 pressure <- Pressure::new(),
                 policy <- new_mutex!(
                     Policy { share_scope: ShareScope::Domain, zero_only: false },
@@ -398,8 +413,10 @@ impl Host {
 
     /// Different contents that the index may have to hold.
     pub(crate) fn contents(&self) -> u64 {
-        self.totals()
+        let totals = self.totals();
+        totals
             .private
+            .saturating_add(totals.huge)
             .saturating_add(self.index.figures().pages_shared)
     }
 
@@ -414,6 +431,8 @@ impl Host {
             totals.shared = totals.shared.saturating_add(pages(Class::Shared));
             totals.unshared = totals.unshared.saturating_add(counts.unshared);
             totals.volatile = totals.volatile.saturating_add(counts.volatile);
+            totals.huge = totals.huge.saturating_add(pages(Class::Huge));
+            totals.splittable = totals.splittable.saturating_add(counts.splittable);
         });
         totals
     }
@@ -421,7 +440,8 @@ impl Host {
     /// Memory that ThinRAM takes for itself.
     pub(crate) fn metadata_bytes(&self) -> u64 {
         let folio = self.zero_folio.as_ref().map_or(0, |_| HugeFrame::BYTES);
-        let frames = (ZERO_FRAMES * 4096 + folio) as u64;
+        let reserve = self.splits.reserve.load(Ordering::Relaxed);
+        let frames = (ZERO_FRAMES * 4096 + folio) as u64 + reserve.saturating_mul(4096);
         self.registry
             .bytes()
             .saturating_add(self.index.figures().bytes)

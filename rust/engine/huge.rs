@@ -75,11 +75,12 @@ pub(crate) fn serve(backing: &Backing, fault: Fault) -> Answer {
     };
     let mut spare = None;
     if !huge && fault.is_write() {
-        spare = fault.alloc_huge();
-        if spare.is_none() {
+        spare = backing.vm().pays_for_kernel(|| fault.alloc_huge());
+        let Some(spare) = &spare else {
             host.no_folio();
             return Answer::Fallback;
-        }
+        };
+        region.prefer_node(spare.part(0).node());
     }
     let mut guard = region.lock();
     if guard.is_retired() || end > backing.pages() || fault.middle() == Middle::Table {
@@ -132,7 +133,7 @@ pub(crate) fn preallocate(backing: &Backing, page: u64, to: u64) -> Result<bool>
     if !region.looks_empty() {
         return Ok(false);
     }
-    let Some(frame) = HugeFrame::alloc(-1) else {
+    let Some(frame) = HugeFrame::alloc(region.node()) else {
         backing.host().no_folio();
         return Ok(false);
     };

@@ -26,5 +26,7 @@ pub(crate) mod regroup;
 pub(crate) mod sample;
 pub(crate) mod scan;
 pub(crate) mod shared;
+pub(crate) mod split;
 pub(crate) mod stall;
+pub(crate) mod survey;
 pub(crate) mod vm;

@@ -66,7 +66,9 @@ impl Work for Reclaimer {
             scratch: None,
         };
         while !task::should_stop() {
-            host.pressure.look();
+            if host.pressure.look() {
+                host.splitter_bell.ring();
+            }
             let next = worker.round(host);
             host.events
                 .reclaim_cpu_us

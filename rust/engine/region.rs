@@ -136,6 +136,12 @@ impl Region {
         (0..SLOTS).all(|index| self.peek(index).state() == State::Empty)
     }
 
+    /// Changes what is known of a page that is still exactly `old`, without the lock. It must not
+    /// change what is counted of it.
+    pub(crate) fn try_note(&self, index: usize, old: Slot, new: Slot) {
+        self.words.try_note(index, old, new);
+    }
+
     /// Makes the next pass hash the page again, without the lock.
     pub(crate) fn forget_stable(&self, index: usize) {
         self.words.clear_stable(index);
@@ -235,6 +241,11 @@ impl RegionGuard<'_> {
         self.revive_all();
     }
 
+    /// Takes the folio out: every slot in state Huge gets another content next.
+    pub(crate) fn leave_huge(&mut self) -> Option<HugeFrame> {
+        self.inner.huge.take()
+    }
+
     /// Makes an Empty slot of a huge region a part of its folio again: its bytes are zeroes.
     pub(crate) fn revive(&mut self, index: usize) {
         if self.inner.huge.is_some() && self.slot(index).state() == State::Empty {
@@ -286,10 +297,10 @@ impl RegionGuard<'_> {
     pub(crate) fn note(&mut self, index: usize, slot: Slot) {
         let old = self.slot(index);
         self.region.words.note(&mut self.inner.key, index, slot);
-        self.region
-            .vm
-            .counts()
-            .reclassify(known_class(old), known_class(self.slot(index)));
+        let new = self.slot(index);
+        let mut counts = self.region.vm.counts();
+        counts.reclassify(known_class(old), known_class(new));
+        counts.count_gain(gains(old), gains(new));
     }
 
     /// Puts `content` into the slot and hands over what it owned. No mapping may show the old one.
@@ -304,6 +315,7 @@ impl RegionGuard<'_> {
         let mut counts = self.region.vm.counts();
         counts.move_page(counted_as(old), counted_as(new));
         counts.reclassify(known_class(old), known_class(new));
+        counts.count_gain(gains(old), gains(new));
         owned
     }
 
@@ -458,6 +470,10 @@ impl RegionGuard<'_> {
         self.inner.mapping = None;
         drop(self.inner.huge.take());
     }
+}
+
+fn gains(slot: Slot) -> bool {
+    HugeWord::from_slot(slot).is_some_and(HugeWord::gains)
 }
 
 fn known_class(slot: Slot) -> Option<Class> {

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     logic::{
+        huge::HugeWord,
         slot::{Class, State},
         tunables::ShareScope,
     },
@@ -280,10 +281,15 @@ fn forget_looks(host: &Host, changed: &[u32]) {
         let new_hashes = changed.contains(&region.vm().id());
         for index in 0..SLOTS {
             region.forget_stable(index);
-            if new_hashes && region.peek(index).state() == State::Private {
+            let looked = matches!(region.peek(index).state(), State::Private | State::Huge);
+            if new_hashes && looked {
                 let mut guard = region.lock();
                 let slot = guard.slot(index);
-                guard.note(index, slot.looked_at(Class::Unchecked, 0));
+                let forgotten = match HugeWord::from_slot(slot) {
+                    Some(word) => word.forgotten().slot(),
+                    None => slot.looked_at(Class::Unchecked, 0),
+                };
+                guard.note(index, forgotten);
             }
         }
         task::cond_resched();

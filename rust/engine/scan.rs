@@ -15,6 +15,7 @@ use super::{
     merge::{self, Outcome},
     region::{Region, RegionGuard},
     shared::Key,
+    survey,
     vm::{Scope, Vm},
 };
 use crate::{
@@ -242,7 +243,7 @@ impl Walk {
                     if !self.has_spare_for(&guard, visit) || is_given_back && !self.has_own(vm) {
                         break;
                     }
-                    if slot.state() == State::Private {
+                    if matches!(slot.state(), State::Private | State::Huge) {
                         scanned += 1;
                     }
                     // What takes longest is to get hold of a page's first bytes.
@@ -367,7 +368,7 @@ impl Walk {
             }
             return;
         }
-        let Some(page) = guard.page(index) else {
+        let Some(page) = guard.own_page(index) else {
             return;
         };
         self.dirty = true;
@@ -378,6 +379,14 @@ impl Walk {
         // In this order: protected, then nobody holds a pin from before, then the hash.
         let trusted = guard.is_protected(index) && page.is_unpinned();
         let hash = hash::of_page(page, visit.seed);
+        if slot.state() == State::Huge {
+            let key = Key {
+                hash,
+                scope: visit.scope,
+            };
+            survey::note(host, guard, index, key, hash == visit.zero_hash);
+            return;
+        }
         let changed = slot.class() != Class::Unchecked && slot.tag() != hash as u16;
         if changed {
             let backoff = slot.backoff();
@@ -444,7 +453,9 @@ fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
         State::Private => !slot.skipped_in(pass, index as u64),
         // Every 8th pass is soon enough to give a lonely shared frame back, or to unite two.
         State::Shared => pass.wrapping_add(index as u64) % 8 == 0,
-        State::Empty | State::Zero | State::Huge | State::Compressed | State::Filled => false,
+        // What a split would gain is found out anew in each pass.
+        State::Huge => true,
+        State::Empty | State::Zero | State::Compressed | State::Filled => false,
     }
 }
 

@@ -8,6 +8,7 @@ use super::{region::Registry, vm::Scope};
 use crate::{
     logic::{
         catalog::{Catalog, Entry, GroupPage, HintOutcome, StableOutcome, GROW_PERCENT},
+        huge::HugeWord,
         slot::{Class, Slot, State},
     },
     sys::{
@@ -227,8 +228,8 @@ impl SharedIndex {
     /// of another hash with the same tag stays: its page relies on it.
     pub(crate) fn unhint_if_stale(&self, hash: u64, page_id: u32, slot: Slot) {
         let mut inner = self.lock();
-        let told = slot.state() == State::Private && slot.class() == Class::Unshared;
-        if !told || !inner.catalog.can_be_under(hash, slot.tag()) {
+        let told = tag_of(slot).is_some_and(|tag| inner.catalog.can_be_under(hash, tag));
+        if !told {
             inner.catalog.remove(hash, Entry::Hint(page_id));
         }
     }
@@ -359,6 +360,14 @@ fn owner_bits(registry: &Registry, entry: Entry) -> Option<u16> {
         return None;
     };
     let (region, index) = registry.page(page_id)?;
-    let slot = region.peek(index);
-    (slot.state() == State::Private && slot.class() == Class::Unshared).then(|| slot.tag())
+    tag_of(region.peek(index))
+}
+
+/// The low bits of the hash that a page left its hint under, as long as it may have one.
+fn tag_of(slot: Slot) -> Option<u16> {
+    match slot.state() {
+        State::Private if slot.class() == Class::Unshared => Some(slot.tag()),
+        State::Huge => HugeWord::from_slot(slot)?.tag(),
+        _ => None,
+    }
 }

@@ -68,9 +68,19 @@ pub(crate) struct VmCounts {
     pub(crate) unshared: u64,
     /// Private pages that changed between the last two looks.
     pub(crate) volatile: u64,
+    /// Pages of 2 MiB folios that a split would give back.
+    pub(crate) splittable: u64,
 }
 
 impl VmCounts {
+    /// A split begins or ceases to give a page back.
+    pub(crate) fn count_gain(&mut self, from: bool, to: bool) {
+        self.splittable = self
+            .splittable
+            .saturating_add(u64::from(to))
+            .saturating_sub(u64::from(from));
+    }
+
     /// A page goes from one state to another.
     pub(crate) fn move_page(&mut self, from: counts::Class, to: counts::Class) {
         // A refusal would mean that a page was counted twice; the sum stays true either way.

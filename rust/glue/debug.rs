@@ -100,6 +100,7 @@ fn force(forced: &ForcedState, reader: &mut kernel::uaccess::UserSliceReader) ->
     };
     forced.0.pressure.force(state);
     forced.0.reclaimer_bell.ring();
+    forced.0.splitter_bell.ring();
     Ok(())
 }
 

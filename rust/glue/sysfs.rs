@@ -110,6 +110,8 @@ files! {
         number!("merge_across_nodes", merge_across_nodes);
     "max_page_sharing": |h, page| line(page, load(&h.0.knobs.max_page_sharing)),
         number!("max_page_sharing", max_page_sharing);
+    "split_holes_percent": |h, page| line(page, load(&h.0.knobs.split_holes_percent)),
+        number!("split_holes_percent", split_holes_percent);
     "share_scope": |h, page| line(page, h.0.policy().share_scope.as_str()),
         |h, bytes| {
             let scope = ShareScope::parse(bytes).map_err(refused)?;
@@ -204,6 +206,12 @@ files! {
     "compressions_refused_pool_full": |h, page| line(page, load(&h.0.compress_refusals.pool_full));
     "compressions_refused_no_memory": |h, page| line(page, load(&h.0.compress_refusals.no_memory));
     "compressions_refused_poisoned": |h, page| line(page, load(&h.0.compress_refusals.poisoned));
+    "splits": |h, page| line(page, load(&h.0.splits.splits));
+    "split_pages_gained": |h, page| line(page, load(&h.0.splits.gained));
+    "split_us": |h, page| line(page, load(&h.0.splits.took_us));
+    "splits_refused_pinned": |h, page| line(page, load(&h.0.splits.pinned));
+    "splits_refused_no_memory": |h, page| line(page, load(&h.0.splits.no_memory));
+    "splits_refused_poisoned": |h, page| line(page, load(&h.0.splits.poisoned));
     "merges_refused_pinned": |h, page| line(page, load(&h.0.refusals.pinned));
     "merges_refused_differs": |h, page| line(page, load(&h.0.refusals.differs));
     "merges_refused_full": |h, page| line(page, load(&h.0.refusals.full));
@@ -307,6 +315,7 @@ files! {
     "shared_kb": |vm, page| line(page, vm.snapshot().pages.shared_kb());
     "zero_kb": |vm, page| line(page, vm.snapshot().pages.zero_kb());
     "huge_kb": |vm, page| line(page, vm.snapshot().pages.huge_kb());
+    "splittable_kb": |vm, page| line(page, pages_to_kb(vm.snapshot().splittable));
     "empty_kb": |vm, page| line(page, vm.snapshot().pages.empty_kb());
     "compressed_kb": |vm, page| line(page, vm.snapshot().pages.compressed_kb());
     "compressed_pool_kb": |vm, page| line(page, vm.pool_kb());
@@ -339,6 +348,7 @@ fn stat(vm: &Vm, page: &mut Page<'_>) -> Result {
         pages,
         unshared,
         volatile,
+        splittable,
     } = vm.snapshot();
     let pool_kb = vm.pool_kb();
     let mut row = |name: &str, value: u64| writeln!(page, "{name} {value}").map_err(|_| ENOSPC);
@@ -352,6 +362,7 @@ fn stat(vm: &Vm, page: &mut Page<'_>) -> Result {
     row("compressed_kb", pages.compressed_kb())?;
     row("compressed_pool_kb", pool_kb)?;
     row("swapped_kb", pages.swapped_kb())?;
+    row("splittable_kb", pages_to_kb(splittable))?;
     row("pages_unshared", unshared)?;
     row("pages_volatile", volatile)
 }

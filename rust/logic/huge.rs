@@ -1,26 +1,48 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The slot word of a 4 KiB part of a 2 MiB folio.
+//! The slot word of a 4 KiB part of a 2 MiB folio: what a split would gain here.
 //!
 //! ```text
-//!  63                                                     8   7    6    5    3      2    0
-//! +--------------------------------------------------------+----+------+------+--------+------+
-//! |                          0                             | 0  | hole | 0    | stable | state|
-//! +--------------------------------------------------------+----+------+------+--------+------+
-//!                                                                  1      2      1        3
+//!  63                                                     8   7     6    5    4    3      2    0
+//! +--------------------------------------------------------+------+------+--------+------+------+
+//! |                      hash (56)                         | twin | hole | class  | fresh| state|
+//! +--------------------------------------------------------+------+------+--------+------+------+
+//!                                                              1      1       2       1      3
 //! ```
 //!
+//! The hash is what the scanner saw last; class says what it made of it. Of several equal parts one
+//! is the twin of the others: it is Unique, and its region has to be split as well before the others
+//! can merge. Who finds it marks it, and makes the mark fresh; two looks without anybody who does,
+//! and it is gone.
+//!
 //! A hole is a part that was punched out: its bytes were zeroed and nothing mapped it then. It may
-//! be mapped again, as a part of the whole, and written to without notice, so a hole is a hint: who
-//! acts on it looks at the bytes.
+//! be mapped again, as a part of the whole, and written to without notice, so a hole is a hint, as
+//! all of this: who acts on it looks at the bytes.
 
 use super::slot::{Slot, State, HUGE};
+
+/// What the last look made of a part.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum PartClass {
+    /// Not looked at, or changed since.
+    Unknown,
+    /// Nothing was equal to it.
+    Unique,
+    /// Some other page had the same content before it.
+    Duplicate,
+    /// All bytes were zero.
+    Zero,
+}
 
 /// A part of a 2 MiB folio.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct HugeWord(u64);
 
+const FRESH: u64 = Slot::STABLE_BIT;
+const CLASS_SHIFT: u32 = 4;
 const HOLE: u64 = 1 << 6;
+const TWIN: u64 = 1 << 7;
+const HASH_SHIFT: u32 = 8;
 
 impl HugeWord {
     /// A part of which nothing is known.
@@ -44,15 +66,174 @@ impl HugeWord {
         self.0 & HOLE != 0
     }
 
-    /// As a hole: nothing else is known of it.
+    /// As a hole, of which only that is known.
     pub const fn hole() -> HugeWord {
-        HugeWord(HUGE | HOLE)
+        HugeWord(HUGE | HOLE).of_class(PartClass::Zero)
+    }
+
+    /// What the last look made of it.
+    pub const fn class(self) -> PartClass {
+        match (self.0 >> CLASS_SHIFT) & 3 {
+            1 => PartClass::Unique,
+            2 => PartClass::Duplicate,
+            3 => PartClass::Zero,
+            _ => PartClass::Unknown,
+        }
+    }
+
+    const fn of_class(self, class: PartClass) -> HugeWord {
+        let bits = match class {
+            PartClass::Unknown => 0,
+            PartClass::Unique => 1,
+            PartClass::Duplicate => 2,
+            PartClass::Zero => 3,
+        };
+        HugeWord((self.0 & !(3 << CLASS_SHIFT)) | (bits << CLASS_SHIFT))
+    }
+
+    /// The low 16 bits of the hash, where one is known.
+    pub const fn tag(self) -> Option<u16> {
+        match self.class() {
+            PartClass::Unknown | PartClass::Zero => None,
+            PartClass::Unique | PartClass::Duplicate => Some((self.0 >> HASH_SHIFT) as u16),
+        }
+    }
+
+    /// What is known of the hash: its low 56 bits.
+    pub const fn hash(self) -> Option<u64> {
+        match self.tag() {
+            Some(_) => Some(self.0 >> HASH_SHIFT),
+            None => None,
+        }
+    }
+
+    /// Whether other pages are known to have its content.
+    pub const fn has_others(self) -> bool {
+        self.is_twin() || matches!(self.class(), PartClass::Duplicate)
+    }
+
+    /// Whether the last look saw this hash (of which 56 bits count).
+    pub const fn has_hash(self, hash: u64) -> bool {
+        self.tag().is_some() && self.0 >> HASH_SHIFT == hash << HASH_SHIFT >> HASH_SHIFT
+    }
+
+    /// Whether a look that sees `hash` finds another content than the one before.
+    pub const fn changed_to(self, hash: u64) -> bool {
+        self.tag().is_some() && !self.has_hash(hash)
+    }
+
+    /// With the outcome of a look. A hole is one as long as it is zero.
+    pub const fn looked_at(self, class: PartClass, hash: u64) -> HugeWord {
+        let kept = match class {
+            PartClass::Zero => HugeWord(HUGE | (self.0 & HOLE)),
+            _ if self.has_hash(hash) && self.0 & FRESH != 0 => HugeWord(HUGE | TWIN),
+            _ => HugeWord(HUGE),
+        };
+        HugeWord(kept.0 | (hash << HASH_SHIFT)).of_class(class)
+    }
+
+    /// As the twin of a part that was just looked at.
+    pub const fn with_twin(self) -> HugeWord {
+        HugeWord(self.0 | TWIN | FRESH)
+    }
+
+    /// Whether another part waits for this one's split.
+    pub const fn is_twin(self) -> bool {
+        self.0 & TWIN != 0
+    }
+
+    /// Whether a split gives this page back: it is zero, or there is another one.
+    pub const fn gains(self) -> bool {
+        matches!(self.class(), PartClass::Duplicate | PartClass::Zero)
+    }
+
+    /// What a look saw is void; a hole stays one.
+    pub const fn forgotten(self) -> HugeWord {
+        if self.is_hole() {
+            HugeWord::hole()
+        } else {
+            HugeWord::NEW
+        }
+    }
+}
+
+/// What is known of a folio as a whole.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Gain {
+    /// Pages that a split gives back.
+    pub pages: u16,
+    /// Pages for whose sake others give theirs back.
+    pub twins: u16,
+    /// Pages that are zero.
+    pub zeroes: u16,
+    /// Holes.
+    pub holes: u16,
+}
+
+impl Gain {
+    /// Adds up the parts of a folio.
+    pub fn of(words: impl Iterator<Item = HugeWord>) -> Gain {
+        words.fold(Gain::default(), |sum, word| Gain {
+            pages: sum.pages.saturating_add(u16::from(word.gains())),
+            twins: sum.twins.saturating_add(u16::from(word.is_twin())),
+            zeroes: sum
+                .zeroes
+                .saturating_add(u16::from(matches!(word.class(), PartClass::Zero))),
+            holes: sum.holes.saturating_add(u16::from(word.is_hole())),
+        })
+    }
+
+    /// The place among others: the higher, the sooner it is split. 0: nothing is gained.
+    pub fn rank(self) -> u16 {
+        self.pages.saturating_add(self.twins)
+    }
+}
+
+/// The best of many, the best first.
+pub struct Best<T, const N: usize> {
+    places: [Option<(u16, T)>; N],
+}
+
+impl<T, const N: usize> Default for Best<T, N> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T, const N: usize> Best<T, N> {
+    /// None yet.
+    pub fn new() -> Self {
+        Best {
+            places: core::array::from_fn(|_| None),
+        }
+    }
+
+    /// Offers one; whatever finds no place is dropped.
+    pub fn offer(&mut self, rank: u16, value: T) {
+        let mut held = Some((rank, value));
+        for place in &mut self.places {
+            let better = match (&held, &*place) {
+                (Some((rank, _)), Some((other, _))) => rank > other,
+                (Some(_), None) => true,
+                (None, _) => return,
+            };
+            if better {
+                core::mem::swap(place, &mut held);
+            }
+        }
+    }
+
+    /// Those that found a place, the best first.
+    pub fn in_order(self) -> impl Iterator<Item = T> {
+        self.places.into_iter().flatten().map(|(_, value)| value)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use std::vec::Vec;
 
     #[test]
     fn a_word_is_huge_and_a_hole_only_when_it_says_so() {
@@ -60,7 +241,78 @@ mod tests {
         assert_eq!(HugeWord::from_slot(Slot::EMPTY), None);
         let word = HugeWord::from_slot(HugeWord::NEW.slot());
         assert_eq!(word.map(HugeWord::is_hole), Some(false));
+        assert_eq!(word.map(HugeWord::gains), Some(false));
         let hole = HugeWord::from_slot(HugeWord::hole().slot());
         assert_eq!(hole.map(HugeWord::is_hole), Some(true));
+        assert_eq!(hole.map(HugeWord::gains), Some(true));
+    }
+
+    #[test]
+    fn a_hole_is_one_until_it_is_seen_to_hold_data() {
+        let hole = HugeWord::hole();
+        assert!(hole.looked_at(PartClass::Zero, 3).is_hole());
+        assert!(!hole.looked_at(PartClass::Unique, 3).is_hole());
+        assert!(!hole.looked_at(PartClass::Duplicate, 3).is_hole());
+        assert_eq!(hole.forgotten(), hole);
+    }
+
+    #[test]
+    fn a_twin_is_one_for_two_looks_unless_it_is_found_again_or_changes() {
+        let word = HugeWord::NEW.looked_at(PartClass::Unique, 77).with_twin();
+        let once = word.looked_at(PartClass::Unique, 77);
+        assert!(once.is_twin());
+        assert!(!once.looked_at(PartClass::Unique, 77).is_twin());
+        assert!(once.with_twin().looked_at(PartClass::Unique, 77).is_twin());
+        assert!(!word.looked_at(PartClass::Unique, 78).is_twin());
+        assert!(!word.looked_at(PartClass::Zero, 77).is_twin());
+    }
+
+    proptest! {
+        #[test]
+        fn fields_do_not_touch_each_other(hash: u64, other: u64, duplicate: bool) {
+            let class = if duplicate { PartClass::Duplicate } else { PartClass::Unique };
+            let word = HugeWord::NEW.looked_at(class, hash);
+            prop_assert_eq!(HugeWord::from_slot(word.slot()), Some(word));
+            prop_assert_eq!(word.class(), class);
+            prop_assert_eq!(word.tag(), Some(hash as u16));
+            prop_assert!(word.has_hash(hash) && !word.changed_to(hash));
+            prop_assert_eq!(word.has_hash(other), hash << 8 == other << 8);
+            prop_assert_eq!(word.gains(), duplicate);
+            prop_assert!(!word.is_hole() && !word.is_twin());
+            let twin = word.with_twin();
+            prop_assert!(twin.is_twin() && twin.has_hash(hash));
+            prop_assert_eq!(twin.class(), class);
+            prop_assert_eq!(word.forgotten(), HugeWord::NEW);
+            prop_assert!(!HugeWord::NEW.changed_to(hash));
+        }
+
+        #[test]
+        fn the_best_are_kept_in_order(ranks in prop::collection::vec(0u16..600, 0..100)) {
+            let mut best = Best::<u16, 8>::new();
+            for &rank in &ranks {
+                best.offer(rank, rank);
+            }
+            let mut expected = ranks.clone();
+            expected.sort_unstable_by(|a, b| b.cmp(a));
+            expected.truncate(8);
+            prop_assert_eq!(best.in_order().collect::<Vec<_>>(), expected);
+        }
+
+        #[test]
+        fn a_gain_adds_up(kinds in prop::collection::vec(0u8..5, 0..512)) {
+            let word = |kind| match kind {
+                0 => HugeWord::NEW,
+                1 => HugeWord::hole(),
+                2 => HugeWord::NEW.looked_at(PartClass::Duplicate, 5),
+                3 => HugeWord::NEW.looked_at(PartClass::Unique, 6).with_twin(),
+                _ => HugeWord::NEW.looked_at(PartClass::Zero, 7),
+            };
+            let count = |kind| kinds.iter().filter(|&&k| k == kind).count() as u16;
+            let gain = Gain::of(kinds.iter().map(|&kind| word(kind)));
+            prop_assert_eq!(gain.pages, count(1) + count(2) + count(4));
+            prop_assert_eq!(gain.zeroes, count(1) + count(4));
+            prop_assert_eq!((gain.twins, gain.holes), (count(3), count(1)));
+            prop_assert_eq!(gain.rank(), gain.pages + gain.twins);
+        }
     }
 }

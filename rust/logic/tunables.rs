@@ -286,6 +286,7 @@ pub const KNOBS: &[Knob] = &[
     Knob::new("zero_only", 0, 1, 0),
     Knob::new("merge_across_nodes", 0, 1, 1),
     Knob::new("max_page_sharing", 2, 1 << 20, 65536),
+    Knob::new("split_holes_percent", 1, 100, 50),
     Knob::new("compress_max_percent", 0, 100, 10),
     Knob::new("compress_max_object_percent", 0, 100, 50),
     Knob::new("idle_tax_percent", 0, 99, 75),

@@ -6,7 +6,7 @@
 //! maps it or a part of it. Each part can be kept by a [`super::page::Frame`] of its own, which is a
 //! reference to the whole.
 
-use super::{bindings, page::PageRef, slots::SLOTS};
+use super::{bindings, page::PageRef, protect, slots::SLOTS};
 use core::ptr::NonNull;
 use kernel::page::PAGE_SIZE;
 
@@ -57,6 +57,47 @@ impl HugeFrame {
     /// Whether memory_failure() marked any of the pages.
     pub(crate) fn is_poisoned(&self) -> bool {
         (0..SLOTS).any(|index| self.part(index).is_poisoned())
+    }
+}
+
+impl HugeFrame {
+    /// Freezes a folio of which we hold the only reference; `None` when anybody else holds one, or
+    /// one of a part.
+    pub(crate) fn freeze(&self) -> Option<FrozenHuge<'_>> {
+        // SAFETY: `self` keeps the folio.
+        let real = unsafe { bindings::thinram_page_freeze(self.0.as_ptr(), 1) };
+        if real || !protect::armed(protect::Protection::Freeze) {
+            // INVARIANT: frozen just now, unless a debug build took the protection out.
+            Some(FrozenHuge { folio: self, real })
+        } else {
+            None
+        }
+    }
+}
+
+/// A folio that nobody else can reach: its bytes cannot change. Unfreezes when dropped.
+///
+/// # Invariants
+///
+/// While `real`, the folio's reference count is zero and one reference is ours to give back.
+pub(crate) struct FrozenHuge<'a> {
+    folio: &'a HugeFrame,
+    real: bool,
+}
+
+impl<'a> FrozenHuge<'a> {
+    /// One of the 512 pages; what is read through it stays true until the thaw.
+    pub(crate) fn part(&self, index: usize) -> PageRef<'a> {
+        self.folio.part(index)
+    }
+}
+
+impl Drop for FrozenHuge<'_> {
+    fn drop(&mut self) {
+        if self.real {
+            // SAFETY: By the invariant the count is zero and was one before.
+            unsafe { bindings::thinram_page_unfreeze(self.folio.as_ptr(), 1) }
+        }
     }
 }
 

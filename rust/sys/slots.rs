@@ -15,7 +15,7 @@ use crate::logic::{
     slot::{Slot, State},
 };
 use core::sync::atomic::{AtomicU64, Ordering};
-use kernel::{prelude::*, sync::Arc};
+use kernel::{alloc::AllocError, prelude::*, sync::Arc};
 
 /// Pages in a region of 2 MiB.
 pub(crate) const SLOTS: usize = 512;
@@ -90,6 +90,16 @@ impl SlotWords {
         self.words.get(index).is_some_and(|w| {
             w.fetch_and(Slot::NOT_STABLE, Ordering::Relaxed) & Slot::STABLE_BIT != 0
         })
+    }
+
+    /// Changes what is known of a slot that is still exactly `old`, without the key; what it owns
+    /// stays.
+    pub(crate) fn try_note(&self, index: usize, old: Slot, new: Slot) {
+        if let Some(word) = self.words.get(index).filter(|_| old.owns_the_same(new)) {
+            let relaxed = Ordering::Relaxed;
+            // Whoever came first knows better.
+            let _ = word.compare_exchange(old.word(), new.word(), relaxed, relaxed);
+        }
     }
 
     /// Changes tag, class, back-off or stable bit; a slot of another state or payload is left alone.
@@ -209,5 +219,31 @@ impl Drop for SlotWords {
             // Sharers were given back when the file was evicted; a frame is put here.
             drop(self.replace(&mut key, index, Content::Empty, 0));
         }
+    }
+}
+
+/// One value for each slot of a region, each to be taken once.
+pub(crate) struct SlotsOf<T>(KVec<Option<T>>);
+
+impl<T> SlotsOf<T> {
+    /// No values.
+    pub(crate) fn new() -> Result<SlotsOf<T>, AllocError> {
+        let mut values = KVec::with_capacity(SLOTS, GFP_KERNEL)?;
+        for _ in 0..SLOTS {
+            values.push(None, GFP_KERNEL)?;
+        }
+        Ok(SlotsOf(values))
+    }
+
+    /// Sets a value.
+    pub(crate) fn put(&mut self, index: usize, value: T) {
+        if let Some(place) = self.0.get_mut(index) {
+            *place = Some(value);
+        }
+    }
+
+    /// Takes a value out.
+    pub(crate) fn take(&mut self, index: usize) -> Option<T> {
+        self.0.get_mut(index)?.take()
     }
 }

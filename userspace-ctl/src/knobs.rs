@@ -157,6 +157,15 @@ pub const KNOBS: &[Knob] = &[
     ),
     knob!(
         Host,
+        "split_holes_percent",
+        Kind::Percent,
+        (1, 100),
+        "50",
+        None,
+        "Holes in a 2 MiB page beyond which it is split."
+    ),
+    knob!(
+        Host,
         "compress_max_percent",
         Kind::Percent,
         (0, 100),

@@ -82,6 +82,46 @@ pub const CASES: &[Case] = &[
         in_pieces,
     ),
     Case::thinram(
+        "huge/idle",
+        "on a host with memory nothing is split in 20 passes",
+        idle,
+    ),
+    Case::thinram(
+        "huge/split",
+        "contention: duplicates come back, the rest stays large",
+        split,
+    ),
+    Case::thinram(
+        "huge/split-zeroes",
+        "contention: zeroes come back",
+        split_zeroes,
+    ),
+    Case::thinram(
+        "huge/split-pinned",
+        "a folio that somebody holds is split later",
+        split_pinned,
+    ),
+    Case::thinram(
+        "huge/split-holes",
+        "half of it holes: split on a host with memory",
+        split_holes,
+    ),
+    Case::thinram(
+        "huge/split-alone",
+        "share 0: no duplicates counted, none split",
+        split_alone,
+    ),
+    Case::thinram(
+        "huge/limit",
+        "a VM over its limit is split and compressed",
+        limit,
+    ),
+    Case::thinram(
+        "huge/again",
+        "4 KiB become 2 MiB again after MADV_DONTNEED and a hole",
+        again,
+    ),
+    Case::thinram(
         "huge/races",
         "faults of both sizes, holes and parts at once",
         races,
@@ -517,6 +557,7 @@ fn parts(ctx: &Ctx) -> Result<()> {
 
 fn holes(ctx: &Ctx) -> Result<()> {
     let (mount, guest) = guest(ctx, 3 * LARGE)?;
+    ctx.sys().set("split_holes_percent", 100)?;
     guest.fill(0, 3 * LARGE, 1);
     let hole = |from: usize, pages: usize| {
         sys::punch(&guest.file, (from * PAGE) as u64, (pages * PAGE) as u64)
@@ -759,6 +800,303 @@ fn in_pieces(ctx: &Ctx) -> Result<()> {
     within("private_kb where none was", stat.get("private_kb")?, 4, 64)?;
     println!("{at} large pages before the first was refused");
     Ok(())
+}
+
+/// Two VMs of 8 large pages each: four have the same content in both, four have their own. One page
+/// in eight of the equal ones differs all the same.
+fn half_twins(ctx: &Ctx) -> Result<(Mount<'_>, Guest, Guest)> {
+    let (mount, a) = guest(ctx, 8 * LARGE)?;
+    let b = mount.guest("b", 8 * LARGE)?;
+    fill_half(&a, 1 << 32);
+    fill_half(&b, 2 << 32);
+    Ok((mount, a, b))
+}
+
+/// Pages of [`half_twins`] that are equal.
+const EQUAL: u64 = (4 * LARGE * 7 / 8) as u64;
+
+fn seed(page: usize, own: u64) -> u64 {
+    let equal = (page / LARGE) % 2 == 0 && page % 8 != 0;
+    if equal {
+        page as u64
+    } else {
+        own + page as u64
+    }
+}
+
+fn fill_half(guest: &Guest, own: u64) {
+    for page in 0..8 * LARGE {
+        guest.map.write_page(page, &content::page(seed(page, own)));
+    }
+}
+
+fn holds_half(guest: &Guest, own: u64) -> Result<()> {
+    for page in 0..8 * LARGE {
+        let what = format!("{} page {page}", guest.name);
+        let expected = content::page(seed(page, own));
+        page_is(what, &guest.map.read_page(page), &expected)?;
+    }
+    Ok(())
+}
+
+fn splittable(ctx: &Ctx) -> Result<u64> {
+    let mut sum = 0;
+    for name in ctx.sys().vms()? {
+        sum += ctx.sys().vm(&name).get("splittable_kb")?;
+    }
+    Ok(sum)
+}
+
+fn idle(ctx: &Ctx) -> Result<()> {
+    let (_mount, a, b) = half_twins(ctx)?;
+    let sys = ctx.sys();
+    let splits = sys.get("splits")?;
+    sys.flat_out()?;
+    ctx.passes(20)?;
+    eq("splits", sys.get("splits")? - splits, 0)?;
+    for vm in [&a, &b] {
+        huge_is(ctx, "after 20 passes", &vm.name, 8 * LARGE_KB)?;
+        eq("KiB mapped large", mapped_large(&vm.map)?, 8 * LARGE_KB)?;
+    }
+    eq("pages_sharing", sys.get("pages_sharing")?, 0)?;
+    eq("pages_unshared", sys.get("pages_unshared")?, 0)?;
+    // Hints are lossy: one in a hundred may be missed in a pass.
+    let nearly = |kb: u64| (kb - kb / 100, kb);
+    let (low, high) = nearly(EQUAL * 4);
+    within("splittable_kb of both", splittable(ctx)?, low, high)?;
+    // What is written is not splittable any more, what was equal first neither.
+    a.fill(0, 8 * LARGE, 1 << 40);
+    ctx.passes(3)?;
+    eq("splittable_kb without equals", splittable(ctx)?, 0)?;
+    b.fill(0, LARGE, 1 << 40);
+    ctx.passes(3)?;
+    let (low, high) = nearly(LARGE_KB);
+    within("splittable_kb of one region", splittable(ctx)?, low, high)?;
+    drop(b.map);
+    b.file.set_len(0)?;
+    ctx.passes(2)?;
+    eq("splittable_kb of one VM alone", splittable(ctx)?, 0)
+}
+
+fn split(ctx: &Ctx) -> Result<()> {
+    let (mount, a, b) = half_twins(ctx)?;
+    let sys = ctx.sys();
+    sys.flat_out()?;
+    ctx.passes(2)?;
+    let (splits, pinned) = (sys.get("splits")?, sys.get("splits_refused_pinned")?);
+    force(ctx, "clear")?;
+    ctx.until_is("pages_sharing", EQUAL, 30.0)?;
+    eq("splits", sys.get("splits")? - splits, 8)?;
+    eq(
+        "refused splits",
+        sys.get("splits_refused_pinned")? - pinned,
+        0,
+    )?;
+    eq("splittable_kb", splittable(ctx)?, 0)?;
+    holds_half(&a, 1 << 32)?;
+    holds_half(&b, 2 << 32)?;
+    for vm in [&a, &b] {
+        huge_is(ctx, "of the unique half", &vm.name, 4 * LARGE_KB)?;
+        eq("KiB mapped large", mapped_large(&vm.map)?, 4 * LARGE_KB)?;
+        ctx.expect_used("split", &mount, &vm.name, 4 * LARGE_KB + LARGE_KB / 2)?;
+    }
+    // And it stays so: what gains nothing is left alone.
+    ctx.passes(3)?;
+    eq("splits", sys.get("splits")? - splits, 8)?;
+    // Writes break shares as they always do.
+    fill_half(&a, 7 << 32);
+    b.fill(0, LARGE, 9 << 32);
+    holds_half(&a, 7 << 32)?;
+    b.holds(0, LARGE, 9 << 32)?;
+    drop((a.map, b.map));
+    a.file.set_len(0)?;
+    b.file.set_len(0)?;
+    eq("pages_shared", sys.get("pages_shared")?, 0)
+}
+
+fn split_zeroes(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, 4 * LARGE)?;
+    let sys = ctx.sys();
+    // One word in the first, all in the second, none in the third, which was only preallocated.
+    guest.map.set(5, 0, 1);
+    guest.fill(LARGE, 2 * LARGE, 1);
+    sys::fallocate(&guest.file, 0, 0, (3 * LARGE * PAGE) as i64)?;
+    huge_is(ctx, "before", "web", 3 * LARGE_KB)?;
+    sys.flat_out()?;
+    ctx.passes(2)?;
+    eq("splittable_kb", splittable(ctx)?, 2 * LARGE_KB - 4)?;
+    force(ctx, "soft")?;
+    ctx.until("huge_kb of 2048", 30.0, || {
+        let seen = sys.vm("web").get("huge_kb")?;
+        Ok((seen == LARGE_KB, seen.to_string()))
+    })?;
+    let stat = sys.vm("web").stat()?;
+    stat.check_sum()?;
+    eq("zero_kb", stat.get("zero_kb")?, 2 * LARGE_KB - 4)?;
+    ctx.expect_used("split", &mount, "web", LARGE_KB + 4)?;
+    eq("the word", guest.map.get(5, 0), 1)?;
+    guest.holds(LARGE, 2 * LARGE, 1)?;
+    guest.is_zero(6, LARGE)?;
+    guest.is_zero(2 * LARGE, 4 * LARGE)
+}
+
+fn split_pinned(ctx: &Ctx) -> Result<()> {
+    let (_mount, a, b) = half_twins(ctx)?;
+    let sys = ctx.sys();
+    let (reader, writer) = nix::unistd::pipe()?;
+    eq(
+        "bytes in the pipe",
+        sys::vmsplice(&writer, &a.map, 9 * PAGE, PAGE)?,
+        PAGE,
+    )?;
+    sys.flat_out()?;
+    ctx.passes(2)?;
+    let pinned = sys.get("splits_refused_pinned")?;
+    let wanted = EQUAL * 3 / 4;
+    force(ctx, "clear")?;
+    ctx.until_is("pages_sharing", wanted, 30.0)?;
+    ctx.until_least("splits_refused_pinned", pinned + 1, 10.0)?;
+    huge_is(ctx, "of the one with a held page", "web", 5 * LARGE_KB)?;
+    holds_half(&a, 1 << 32)?;
+    let mut seen = vec![0; PAGE];
+    eq(
+        "bytes from the pipe",
+        nix::unistd::read(&reader, &mut seen)?,
+        PAGE,
+    )?;
+    bytes_are(
+        "what the pipe held",
+        &seen,
+        &content::page_bytes(seed(9, 0)),
+    )?;
+    ctx.until_is("pages_sharing", EQUAL, 30.0)?;
+    holds_half(&a, 1 << 32)?;
+    holds_half(&b, 2 << 32)
+}
+
+fn split_holes(ctx: &Ctx) -> Result<()> {
+    let (mount, guest) = guest(ctx, 3 * LARGE)?;
+    let sys = ctx.sys();
+    eq("split_holes_percent", sys.get("split_holes_percent")?, 50)?;
+    for bad in ["0", "101", "-1", "half"] {
+        fails_any(
+            format!("split_holes_percent {bad}"),
+            sys.try_set("split_holes_percent", bad.as_bytes()),
+            &[Errno::EINVAL, Errno::ERANGE],
+        )?;
+    }
+    guest.fill(0, 3 * LARGE, 1);
+    let hole = |page: usize| sys::punch(&guest.file, (page * PAGE) as u64, PAGE as u64);
+    let splits = sys.get("splits")?;
+    for page in (0..LARGE).step_by(2) {
+        hole(page)?;
+    }
+    thread::sleep(ctx.limit(0.1));
+    huge_is(ctx, "with half of one in holes", "web", 3 * LARGE_KB)?;
+    eq("splits", sys.get("splits")? - splits, 0)?;
+    hole(1)?;
+    ctx.until_is("splits", splits + 1, 20.0)?;
+    huge_is(ctx, "with more than half", "web", 2 * LARGE_KB)?;
+    ctx.expect_used("with 255 pages left", &mount, "web", 2 * LARGE_KB + 255 * 4)?;
+    guest.is_zero(1, 3)?;
+    for page in (3..LARGE).step_by(2) {
+        guest.holds(page, page + 1, 1)?;
+    }
+    let stat = sys.vm("web").stat()?;
+    eq("empty_kb", stat.get("empty_kb")?, 257 * 4)?;
+    // Holes that were written to again are no holes.
+    sys.set("split_holes_percent", 10)?;
+    for page in 0..50 {
+        hole(LARGE + page)?;
+    }
+    guest.fill(LARGE, LARGE + 50, 1);
+    hole(LARGE + 60)?;
+    hole(LARGE + 61)?;
+    ctx.until_is("splits", splits + 2, 20.0)?;
+    guest.holds(LARGE, LARGE + 60, 1)?;
+    guest.holds(LARGE + 62, 2 * LARGE, 1)?;
+    guest.is_zero(LARGE + 60, LARGE + 62)?;
+    let used = LARGE_KB + 255 * 4 + 510 * 4;
+    ctx.expect_used("of those written to again", &mount, "web", used)
+}
+
+fn split_alone(ctx: &Ctx) -> Result<()> {
+    always(ctx)?;
+    let sys = ctx.sys();
+    let mount = ctx.mount("m", "size=64M,domain=lab,share=0")?;
+    let guest = mount.guest("web", 4 * LARGE)?;
+    guest.fill(0, LARGE, 1);
+    guest.fill(LARGE, 2 * LARGE, 1);
+    guest.map.set(2 * LARGE, 0, 1);
+    let other = mount.guest("other", LARGE)?;
+    other.sysfs(ctx).set("share", 1)?;
+    other.fill(0, LARGE, 1);
+    sys.flat_out()?;
+    force(ctx, "clear")?;
+    ctx.passes(4)?;
+    eq("splittable_kb", splittable(ctx)?, 0)?;
+    huge_is(ctx, "of the VM with share 0", "web", 3 * LARGE_KB)?;
+    eq("pages_sharing", sys.get("pages_sharing")?, 0)?;
+    // Its zero pages are not looked for either, and holes do not make it do so.
+    sys::punch(&guest.file, (2 * LARGE * PAGE) as u64, (300 * PAGE) as u64)?;
+    ctx.until("huge_kb of 4096", 20.0, || {
+        let seen = sys.vm("web").get("huge_kb")?;
+        Ok((seen == 2 * LARGE_KB, seen.to_string()))
+    })?;
+    let stat = sys.vm("web").stat()?;
+    eq("zero_kb", stat.get("zero_kb")?, 0)?;
+    eq("private_kb", stat.get("private_kb")?, 212 * 4)
+}
+
+fn limit(ctx: &Ctx) -> Result<()> {
+    let (_mount, guest) = guest(ctx, 4 * LARGE)?;
+    let vm = guest.sysfs(ctx);
+    // Pages that differ, and compress well.
+    for page in 0..4 * LARGE {
+        guest.map.set(page, 3, page as u64 + 1);
+    }
+    huge_is(ctx, "before", "web", 4 * LARGE_KB)?;
+    vm.set("limit_kb", 2 * LARGE_KB)?;
+    ctx.until("resident_kb of 4096 at most", 60.0, || {
+        let seen = vm.get("resident_kb")?;
+        Ok((seen <= 2 * LARGE_KB, seen.to_string()))
+    })?;
+    vm.stat()?.check_sum()?;
+    within(
+        "compressed_kb",
+        vm.get("compressed_kb")?,
+        LARGE_KB,
+        u64::MAX,
+    )?;
+    for page in 0..4 * LARGE {
+        eq("the word", guest.map.get(page, 3), page as u64 + 1)?;
+    }
+    vm.set("limit_kb", 0)
+}
+
+fn again(ctx: &Ctx) -> Result<()> {
+    let (_mount, guest) = guest(ctx, 2 * LARGE)?;
+    let sys = ctx.sys();
+    guest.map.set(1, 0, 1);
+    sys.flat_out()?;
+    ctx.passes(2)?;
+    force(ctx, "clear")?;
+    ctx.until("huge_kb of 0", 30.0, || {
+        let seen = sys.vm("web").get("huge_kb")?;
+        Ok((seen == 0, seen.to_string()))
+    })?;
+    sys.set("run", 0)?;
+    guest.map.set(2, 0, 2);
+    eq("the word", guest.map.get(1, 0), 1)?;
+    eq("KiB mapped large", mapped_large(&guest.map)?, 0)?;
+    force(ctx, "high")?;
+    // As QEMU discards the memory that its guest gives back.
+    sys::punch(&guest.file, 0, (LARGE * PAGE) as u64)?;
+    guest.map.advise(0, LARGE * PAGE, libc::MADV_DONTNEED)?;
+    guest.map.set(3, 0, 3);
+    guest.is_zero(1, 3)?;
+    huge_is(ctx, "after a discard", "web", LARGE_KB)?;
+    eq("KiB mapped large", mapped_large(&guest.map)?, LARGE_KB)
 }
 
 fn free_kb() -> Result<u64> {

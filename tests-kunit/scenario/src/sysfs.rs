@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{bail, Context, Result};
 
 /// The controls that a case may change and the harness puts back.
-pub const CONTROLS: [&str; 15] = [
+pub const CONTROLS: [&str; 16] = [
     "run",
     "scan_pages_per_sec",
     "scan_period_secs",
@@ -20,6 +20,7 @@ pub const CONTROLS: [&str; 15] = [
     "merge_across_nodes",
     "max_page_sharing",
     "large_pages",
+    "split_holes_percent",
     "compress_max_percent",
     "compress_max_object_percent",
     "idle_tax_percent",

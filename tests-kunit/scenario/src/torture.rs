@@ -13,7 +13,7 @@ use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::atomic::{fence, AtomicU64, Ordering};
+use std::sync::atomic::{fence, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -151,6 +151,26 @@ pub const CASES: &[Case] = &[
         },
     )
     .span(10.0),
+    Case::thinram(
+        "torture/large",
+        "all of these on 2 MiB pages that are split meanwhile",
+        |ctx| {
+            crate::huge::always(ctx)?;
+            torture(
+                ctx,
+                &Plan {
+                    by: &[By::Map, By::Map, By::Syscall, By::ProcessVm, By::Direct],
+                    punch: true,
+                    truncate: true,
+                    churn: true,
+                    toggle: true,
+                    large: true,
+                    ..Plan::new()
+                },
+            )
+        },
+    )
+    .span(15.0),
     Case::both("torture/all", "all of these at once", |ctx| {
         let by = &[By::Map, By::Map, By::Syscall, By::ProcessVm, By::Direct];
         torture(
@@ -162,6 +182,7 @@ pub const CASES: &[Case] = &[
                 churn: true,
                 toggle: true,
                 squeeze: true,
+                large: false,
             },
         )
     })
@@ -190,6 +211,8 @@ struct Plan {
     churn: bool,
     toggle: bool,
     squeeze: bool,
+    /// The pages lie on both sides of a border of 2 MiB, among others that are never touched.
+    large: bool,
 }
 
 impl Plan {
@@ -201,6 +224,7 @@ impl Plan {
             churn: false,
             toggle: false,
             squeeze: false,
+            large: false,
         }
     }
 }
@@ -219,6 +243,24 @@ const PAGES: usize = 96;
 const HEAD: usize = 64;
 /// Stamped words of a lane are this far apart.
 const STAMP_STRIDE: usize = LANE_WORDS / 4;
+
+/// Number of the first page within its file.
+static BASE: AtomicUsize = AtomicUsize::new(0);
+/// A border of 2 MiB lies between the pages before and behind `HEAD` then.
+const LARGE_BASE: usize = 512 - HEAD;
+
+fn base() -> usize {
+    BASE.load(Ordering::Relaxed)
+}
+
+/// Pages of a file, with those that nobody touches.
+fn file_pages() -> usize {
+    if base() > 0 {
+        1024
+    } else {
+        PAGES
+    }
+}
 
 /// Where a lane is.
 #[derive(Debug, Clone, Copy)]
@@ -279,7 +321,7 @@ impl Spot {
 
     /// Byte offset in the file.
     fn offset(self) -> usize {
-        self.page * PAGE + self.lane * LANE_BYTES
+        (base() + self.page) * PAGE + self.lane * LANE_BYTES
     }
 }
 
@@ -469,7 +511,7 @@ impl Hand<'_> {
         let chosen = |index: &usize| whole || spot.stamped(epoch, *index);
         match by {
             By::Map => {
-                let at = spot.page * WORDS + spot.lane * LANE_WORDS;
+                let at = (base() + spot.page) * WORDS + spot.lane * LANE_WORDS;
                 let words = &self.maps[spot.file].words()[at..at + LANE_WORDS];
                 for index in (0..LANE_WORDS).filter(chosen) {
                     words[index].store(content[index], Ordering::Release);
@@ -543,7 +585,7 @@ impl Hand<'_> {
         let map = &self.maps[spot.file];
         match by {
             By::Map => {
-                let at = spot.page * WORDS + spot.lane * LANE_WORDS;
+                let at = (base() + spot.page) * WORDS + spot.lane * LANE_WORDS;
                 let words = &map.words()[at..at + LANE_WORDS];
                 return Ok(Some(std::array::from_fn(|i| {
                     words[i].load(Ordering::Acquire)
@@ -714,9 +756,17 @@ fn bytes(words: &[u64; LANE_WORDS]) -> [u8; LANE_BYTES] {
 fn puncher(hand: &mut Hand<'_>) -> Result<()> {
     while !hand.table.stopped() {
         let (file, page) = hand.pick();
-        let from = page % HEAD;
-        let to = (from + hand.rng.random_range(1..6)).min(HEAD);
-        let (at, len) = (from * PAGE, (to - from) * PAGE);
+        // Now and then a whole 2 MiB, so that there are large pages again.
+        let whole = base() > 0 && hand.rng.random_bool(0.05);
+        let from = if whole { 0 } else { page % HEAD };
+        let to = match whole {
+            true => HEAD,
+            false => (from + hand.rng.random_range(1..6)).min(HEAD),
+        };
+        let (at, len) = match whole {
+            true => (0, (base() + HEAD) * PAGE),
+            false => ((base() + from) * PAGE, (to - from) * PAGE),
+        };
         let by_map = hand.rng.random();
         hand.table.take_away(file, from, to, || {
             if by_map {
@@ -739,12 +789,12 @@ fn truncater(hand: &mut Hand<'_>) -> Result<()> {
         let from = hand.rng.random_range(HEAD..PAGES);
         hand.table.take_away(file, from, PAGES, || {
             hand.files[file]
-                .set_len((from * PAGE) as u64)
+                .set_len(((base() + from) * PAGE) as u64)
                 .context("cut")
         })?;
         if hand.rng.random() {
             // A writer may have made it longer meanwhile; that must not be cut again.
-            let full = (PAGES * PAGE) as i64;
+            let full = (file_pages() * PAGE) as i64;
             sys::fallocate(&hand.files[file], 0, full - PAGE as i64, PAGE as i64)
                 .context("grow")?;
         }
@@ -759,7 +809,7 @@ fn churner(hand: &mut Hand<'_>, head: usize) -> Result<()> {
         let file = hand.rng.random_range(0..FILES);
         let from = hand.rng.random_range(0..head);
         let pages = hand.rng.random_range(1..=head - from);
-        let (at, len) = (from * PAGE, pages * PAGE);
+        let (at, len) = ((base() + from) * PAGE, pages * PAGE);
         match hand.rng.random_range(0..8) {
             0 => sys::fork_and_exit().context("fork")?,
             1 => hand.maps[file]
@@ -774,6 +824,13 @@ fn churner(hand: &mut Hand<'_>, head: usize) -> Result<()> {
             4 => hand.maps[file]
                 .advise(at, len, libc::MADV_POPULATE_WRITE)
                 .context("populate")?,
+            5 if base() > 0 => {
+                // As a whole, so that 2 MiB fit.
+                let map = Map::shared(&hand.files[file], 0, file_pages() * PAGE, RW)?;
+                std::hint::black_box(map.get(base() + from, 0));
+                // Nobody looks at this word.
+                map.set(0, 0, from as u64);
+            }
             5 => {
                 let map = Map::shared(&hand.files[file], at as u64, len, R)?;
                 for page in 0..pages {
@@ -805,6 +862,9 @@ fn toggler(ctx: &Ctx, hand: &mut Hand<'_>) -> Result<()> {
     let vms = ["a", "b", "c"].map(|name| sys.vm(name));
     while !hand.table.stopped() {
         let vm = &vms[hand.rng.random_range(0..vms.len())];
+        if base() > 0 && hand.rng.random_bool(0.3) {
+            force(ctx, ["high", "clear"][hand.rng.random_range(0..2)])?;
+        }
         match hand.rng.random_range(0..7) {
             0 => vm.set("share", hand.rng.random_range(0..2))?,
             1 => vm.set("domain", ["lab", "other"][hand.rng.random_range(0..2)])?,
@@ -891,7 +951,7 @@ impl<'a> Crew<'a> {
     ) -> Result<Crew<'a>> {
         let open = |path: &PathBuf| File::options().read(true).write(true).open(path);
         let files = paths.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-        let map = |file: &File| Map::shared(file, 0, PAGES * PAGE, RW);
+        let map = |file: &File| Map::shared(file, 0, file_pages() * PAGE, RW);
         let maps = files.iter().map(map).collect::<Result<Vec<_>, _>>()?;
         Ok(Crew {
             ctx,
@@ -988,6 +1048,9 @@ const PACKED_MIN: u64 = 100;
 const UNPACKED_MIN: u64 = 50;
 
 fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
+    if plan.large {
+        BASE.store(LARGE_BASE, Ordering::Relaxed);
+    }
     let table = Table::new()?;
     let disk = if plan.by.contains(&By::Direct) {
         Some(Disk::new(ctx, 1 << 20)?)
@@ -1003,7 +1066,10 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
         (&mount, "b", "ram"),
         (&other, "c", "ram"),
     ] {
-        mount.file(vm, name, PAGES)?;
+        let file = mount.file(vm, name, file_pages())?;
+        if plan.large {
+            sys::fallocate(&file, 0, 0, (file_pages() * PAGE) as i64)?;
+        }
         paths.push(mount.at(vm).join(name));
     }
     let start = Instant::now();
@@ -1025,8 +1091,16 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
         }
         Ok(values)
     };
+    let splits = if plan.large {
+        ctx.sys().get("splits")?
+    } else {
+        0
+    };
     let before = if ctx.is_thinram() {
         ctx.sys().flat_out()?;
+        if plan.large {
+            force(ctx, "clear")?;
+        }
         ctx.until("the first merges", 20.0, || {
             Ok((seen()?[0] > 0, "none".into()))
         })?;
@@ -1108,6 +1182,11 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
             println!("compressed {packed}, brought back {unpacked}");
             within("compressions", packed, PACKED_MIN, u64::MAX)?;
             within("decompressions", unpacked, UNPACKED_MIN, u64::MAX)?;
+        }
+        if plan.large {
+            let splits = ctx.sys().get("splits")? - splits;
+            println!("splits {splits}");
+            within("splits", splits, 3, u64::MAX)?;
         }
         within("breaks", breaks, BREAKS_MIN, u64::MAX)?;
         within("most pages sharing", most_sharing, SHARING_MIN, u64::MAX)?;

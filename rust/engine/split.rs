@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! 2 MiB folios become 512 pages, where that gives memory back.
+//!
+//! | when | which folios |
+//! |---|---|
+//! | the host is not `high` | those of which something would be gained, the best first |
+//! | at any time | those with more holes than `split_holes_percent` |
+//! | the host is `hard`, or the VM over its limit | any, where there is nothing else to compress |
+//!
+//! One folio at a time, until the host is `high` again: zap all of it, freeze it with the one
+//! reference that we hold, drop what is zero, copy the rest to frames of a reserve that was filled
+//! before, replace the slots, thaw, free the folio. Then the pages of which others are known are
+//! merged at once, so that the memory is back before the next folio is considered.
+//!
+//! Lock order: policy > region > index. The reserve is filled with no lock held.
+
+use super::{
+    host::Host,
+    merge,
+    region::{Region, RegionGuard},
+    shared::Key,
+    vm::Vm,
+};
+use crate::{
+    logic::{
+        huge::{Best, Gain, HugeWord},
+        slot::{Class, State},
+        state::HostState,
+        tunables::RunMode,
+    },
+    sys::{
+        clock, hash,
+        page::{Frame, Purpose},
+        slots::{Content, SlotsOf, SLOTS},
+        task::{self, Work},
+    },
+};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use kernel::{prelude::*, sync::Arc};
+
+/// Folios that are chosen in one go.
+const STEP: usize = 16;
+
+/// Why a split was refused, each with its own counter, and those that were made.
+#[derive(Default)]
+pub(crate) struct SplitEvents {
+    /// Folios that were split.
+    pub(crate) splits: AtomicU64,
+    /// Pages that were dropped by it: zero, or merged right away.
+    pub(crate) gained: AtomicU64,
+    /// Microseconds that splits took, with their regions locked.
+    pub(crate) took_us: AtomicU64,
+    /// Somebody held a reference: O_DIRECT, vhost, a pipe, a reader.
+    pub(crate) pinned: AtomicU64,
+    /// Not enough frames.
+    pub(crate) no_memory: AtomicU64,
+    /// The memory behind a part is broken.
+    pub(crate) poisoned: AtomicU64,
+    /// Frames that are kept for the next split.
+    pub(crate) reserve: AtomicU64,
+    /// Some folio may have too many holes.
+    holes: AtomicBool,
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// The thread's work.
+pub(crate) struct Splitter(pub(crate) Arc<Host>);
+
+impl Work for Splitter {
+    fn run(&self) {
+        task::be_nice(5);
+        let host = &self.0;
+        let mut reserve = KVec::new();
+        while !task::should_stop() {
+            let busy = self.round(&mut reserve);
+            host.splits
+                .reserve
+                .store(reserve.len() as u64, Ordering::Relaxed);
+            if busy {
+                task::cond_resched();
+            } else {
+                host.splitter_bell.sleep(1_000_000, task::should_stop);
+            }
+        }
+    }
+
+    fn wake(&self) {
+        self.0.splitter_bell.ring();
+    }
+}
+
+impl Splitter {
+    /// Splits some folios; false when there is nothing more to do by now.
+    fn round(&self, reserve: &mut KVec<Frame>) -> bool {
+        let host = &self.0;
+        if host.totals().huge == 0 {
+            reserve.clear();
+            return false;
+        }
+        // While there is memory: at the worst moment there must be no need for any.
+        fill(reserve, SLOTS);
+        let holes = host.splits.holes.swap(false, Ordering::Relaxed);
+        let mut needed = holes || host.is_short();
+        host.vms().for_each(|vm| needed |= host.needs_small(vm));
+        if !needed {
+            return false;
+        }
+        let mut split = false;
+        for region in host.chosen().in_order() {
+            if task::should_stop() || !host.wants_split(&region) {
+                break;
+            }
+            // Without a gain there is no hurry: what was split last is compressed first.
+            let gains = gain_of(&region).rank() > 0;
+            split |= split_and_merge(host, &region, &mut Supply::new(&region, reserve)) && gains;
+            task::cond_resched();
+        }
+        // Those that were left out, or refused, are tried again.
+        let left = holes && host.chosen().in_order().next().is_some();
+        host.splits.holes.fetch_or(left, Ordering::Relaxed);
+        split
+    }
+}
+
+/// As many frames as are to be had, up to `target`.
+fn fill(reserve: &mut KVec<Frame>, target: usize) {
+    while reserve.len() < target {
+        let Some(frame) = Frame::alloc(Purpose::Shared, -1) else {
+            return;
+        };
+        if reserve.push(frame, GFP_KERNEL).is_err() {
+            return;
+        }
+    }
+}
+
+/// What a split takes: frames at the VM's expense, and the reserve for those that are not to be had.
+struct Supply<'a> {
+    own: KVec<Frame>,
+    reserve: &'a mut KVec<Frame>,
+}
+
+impl Supply<'_> {
+    /// For all parts of the region's folio that may hold data.
+    fn new<'a>(region: &Region, reserve: &'a mut KVec<Frame>) -> Supply<'a> {
+        fill(reserve, SLOTS);
+        let mut own = KVec::new();
+        let needed = SLOTS.saturating_sub(usize::from(gain_of(region).zeroes));
+        while own.len() < needed {
+            let frame = region
+                .vm()
+                .pays(|| Frame::alloc(Purpose::Returned, region.node()));
+            if frame.is_none_or(|frame| own.push(frame, GFP_KERNEL).is_err()) {
+                break;
+            }
+        }
+        Supply { own, reserve }
+    }
+
+    fn take(&mut self) -> Option<Frame> {
+        self.own.pop().or_else(|| self.reserve.pop())
+    }
+}
+
+/// What is known of a region's folio.
+fn gain_of(region: &Region) -> Gain {
+    Gain::of((0..SLOTS).filter_map(|index| HugeWord::from_slot(region.peek(index))))
+}
+
+impl Host {
+    /// Whether folios are split because memory is short.
+    fn is_short(&self) -> bool {
+        self.state() != HostState::High && self.run_mode() == RunMode::Run
+    }
+
+    /// Whether the folio has more holes than it may.
+    fn has_too_many_holes(&self, gain: Gain) -> bool {
+        let percent = self.knobs.split_holes_percent.load(Ordering::Relaxed);
+        u64::from(gain.holes).saturating_mul(100) > percent.saturating_mul(SLOTS as u64)
+    }
+
+    /// Tells the splitter when a hole in `region` was one too many.
+    pub(crate) fn hole_punched(&self, region: &Region) {
+        if region.looks_huge() && self.has_too_many_holes(gain_of(region)) {
+            self.splits.holes.store(true, Ordering::Relaxed);
+            self.splitter_bell.ring();
+        }
+    }
+
+    /// Whether a split of the region makes sense just now.
+    fn wants_split(&self, region: &Region) -> bool {
+        let gain = gain_of(region);
+        region.looks_huge()
+            && (self.has_too_many_holes(gain)
+                || (self.is_short() && gain.rank() > 0)
+                || self.needs_small(region.vm()))
+    }
+
+    /// Whether the VM's memory is to be compressed, and there is nothing left of it but folios.
+    fn needs_small(&self, vm: &Vm) -> bool {
+        vm.is_stuck() && (vm.is_over_limit() || self.state() >= HostState::Hard)
+    }
+
+    /// The folios to split next.
+    fn chosen(&self) -> Best<Arc<Region>, STEP> {
+        let mut best = Best::new();
+        for id in 0..self.registry().end() {
+            let Some(region) = self.registry().get(id) else {
+                continue;
+            };
+            if self.wants_split(&region) {
+                best.offer(gain_of(&region).rank(), region);
+            }
+            task::cond_resched();
+        }
+        best
+    }
+}
+
+/// What a part becomes.
+enum Part {
+    /// It was cut off.
+    Cut,
+    /// A hole that is still empty.
+    Hole,
+    /// All bytes are zero.
+    Zero,
+    /// A copy.
+    Copy(Frame),
+}
+
+/// Splits the region's folio. What a part was known as stays noted of its page. False, with
+/// everything as it was, when that is not possible; each reason is counted.
+fn split(host: &Host, guard: &mut RegionGuard<'_>, supply: &mut Supply<'_>) -> bool {
+    let start = clock::now_us();
+    let Some(mut parts) = parts_of(host, guard, supply) else {
+        return false;
+    };
+    let folio = guard.leave_huge();
+    let mut gained = 0u64;
+    for index in 0..SLOTS {
+        let content = match parts.take(index) {
+            None | Some(Part::Cut) => continue,
+            Some(Part::Hole) => Content::Empty,
+            Some(Part::Zero) => Content::Zero,
+            Some(Part::Copy(frame)) => Content::Private(frame),
+        };
+        gained += u64::from(!matches!(content, Content::Private(_)));
+        let known = HugeWord::from_slot(guard.slot(index)).and_then(|word| word.hash());
+        host.release(guard.set(index, content, 0));
+        let slot = guard.slot(index);
+        if let (Some(hash), State::Private) = (known, slot.state()) {
+            guard.note(index, slot.looked_at(Class::Unshared, hash));
+        }
+    }
+    drop(folio);
+    count(&host.splits.splits);
+    host.splits.gained.fetch_add(gained, Ordering::Relaxed);
+    host.splits
+        .took_us
+        .fetch_add(clock::now_us().saturating_sub(start), Ordering::Relaxed);
+    true
+}
+
+/// Copies of all parts that hold data, made while nobody can reach the folio.
+fn parts_of(
+    host: &Host,
+    guard: &RegionGuard<'_>,
+    supply: &mut Supply<'_>,
+) -> Option<SlotsOf<Part>> {
+    let mut parts = SlotsOf::new().ok()?;
+    let folio = guard.huge()?;
+    if folio.is_poisoned() {
+        count(&host.splits.poisoned);
+        return None;
+    }
+    guard.zap_range(0, SLOTS);
+    let Some(frozen) = folio.freeze() else {
+        count(&host.splits.pinned);
+        return None;
+    };
+    for index in 0..SLOTS {
+        let Some(word) = HugeWord::from_slot(guard.slot(index)) else {
+            parts.put(index, Part::Cut);
+            continue;
+        };
+        let page = frozen.part(index);
+        let part = if word.is_hole() && page.is_zero() {
+            Part::Hole
+        } else if guard.region().vm().shares() && page.is_zero() {
+            Part::Zero
+        } else {
+            let copied = supply
+                .take()
+                .map(|mut frame| frame.copy_from(page).map(|()| frame));
+            match copied {
+                Some(Ok(frame)) => Part::Copy(frame),
+                Some(Err(_)) => {
+                    count(&host.splits.poisoned);
+                    return None;
+                }
+                None => {
+                    count(&host.splits.no_memory);
+                    return None;
+                }
+            }
+        };
+        parts.put(index, part);
+    }
+    Some(parts)
+}
+
+/// Splits a folio and merges the pages of which it knows others. True when it was split.
+fn split_and_merge(host: &Host, region: &Region, supply: &mut Supply<'_>) -> bool {
+    /// Pages that are merged with the lock held.
+    const RUN: usize = 32;
+    let policy = host.policy();
+    let vm = region.vm();
+    let merges = host.run_mode() == RunMode::Run && vm.shares() && !policy.zero_only;
+    let mut known = [0u64; SLOTS / 64];
+    {
+        let mut guard = region.lock();
+        if guard.is_retired() || guard.huge().is_none() {
+            return false;
+        }
+        for index in 0..SLOTS {
+            let word = HugeWord::from_slot(guard.slot(index));
+            let wanted = word.is_some_and(|word| word.tag().is_some() && word.has_others());
+            if let Some(set) = known.get_mut(index / 64) {
+                *set |= u64::from(wanted) << (index % 64);
+            }
+        }
+        if !split(host, &mut guard, supply) {
+            return false;
+        }
+    }
+    if !merges {
+        return true;
+    }
+    let scope = vm.scope();
+    let seed = host.seed(scope);
+    let mut spare = None;
+    for first in (0..SLOTS).step_by(RUN) {
+        // Without room no pair is made; the scanner makes it later.
+        let _ = host.index().maintain(host.registry(), host.contents());
+        let mut index = first;
+        while index < first + RUN {
+            if known.get(index / 64).copied().unwrap_or(0) >> (index % 64) & 1 == 0 {
+                index += 1;
+                continue;
+            }
+            if spare.is_none() {
+                spare = Frame::alloc(Purpose::Shared, -1).or_else(|| supply.reserve.pop());
+            }
+            let mut guard = region.lock();
+            let slot = guard.slot(index);
+            if let Some(page) = guard.page(index).filter(|page| !page.is_poisoned()) {
+                let key = Key {
+                    hash: hash::of_page(page, seed),
+                    scope,
+                };
+                // The scanner's own rule: what changed since the last look is left alone.
+                if slot.class() == Class::Unshared && slot.tag() == key.hash as u16 {
+                    let rules = host.rules();
+                    let outcome = merge::try_merge(host, &mut guard, index, key, rules, &mut spare);
+                    if outcome == merge::Outcome::Merged {
+                        count(&host.splits.gained);
+                    }
+                }
+            }
+            index += 1;
+        }
+        task::cond_resched();
+    }
+    true
+}
