@@ -14,6 +14,7 @@ use crate::{
     sys::{
         frames::{self, AfterDrop, Boxes, FrameRecords},
         page::{Frame, Label},
+        protect,
         slots::Sharer,
     },
 };
@@ -251,8 +252,9 @@ impl SharedIndex {
             let mut inner = self.lock();
             inner.has_stale = inner.catalog.entries() > contents.saturating_add(contents / 16);
             let wants_records = inner.records.table().free() < ROOM;
-            let too_small = inner.catalog.capacity().saturating_mul(GROW_PERCENT)
-                < contents.saturating_mul(100);
+            let too_small = protect::armed(protect::Protection::IndexGrowth)
+                && inner.catalog.capacity().saturating_mul(GROW_PERCENT)
+                    < contents.saturating_mul(100);
             let wants_groups =
                 inner.catalog.wants_page() && (too_small || inner.catalog.capacity() == 0);
             let wants_growth = inner.catalog.wants_growth() && too_small;

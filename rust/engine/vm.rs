@@ -12,7 +12,7 @@ use crate::{
         slot,
         tunables::{LargePages, ShareScope},
     },
-    sys::{cgroup::Payer, clock, kobj::Directory, task, zs::Store},
+    sys::{cgroup::Payer, clock, kobj::Directory, protect, task, zs::Store},
 };
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use kernel::{
@@ -248,7 +248,11 @@ impl Vm {
 
     /// The scope that its pages are shared under now.
     pub(crate) fn scope(&self) -> Scope {
-        Scope(self.scope.load(Ordering::Relaxed))
+        match Scope(self.scope.load(Ordering::Relaxed)) {
+            Scope::NONE => Scope::NONE,
+            _ if !protect::armed(protect::Protection::Border) => Scope::HOST,
+            scope => scope,
+        }
     }
 
     /// Only `regroup` calls this, once no share crosses the new border.

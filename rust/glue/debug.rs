@@ -106,7 +106,7 @@ fn force(forced: &ForcedState, reader: &mut kernel::uaccess::UserSliceReader) ->
 
 #[cfg(thinram_debug)]
 mod switches {
-    use crate::sys::protect;
+    use crate::sys::{inject, protect};
     use core::sync::atomic::Ordering;
     use kernel::{
         debugfs::{Dir, File},
@@ -116,8 +116,14 @@ mod switches {
 
     struct Switch(protect::Protection);
 
-    /// One file for each protection; `1` takes it out.
-    pub(super) struct Switches(#[allow(dead_code)] KVec<Pin<KBox<File<Switch>>>>);
+    struct Countdown;
+
+    /// One file for each protection, `1` takes it out; and `fail_allocation`: a number N lets the Nth
+    /// allocation from then on fail, and reads as how many it still is to that one.
+    pub(super) struct Switches {
+        _protections: KVec<Pin<KBox<File<Switch>>>>,
+        _countdown: Pin<KBox<File<Countdown>>>,
+    }
 
     impl Switches {
         pub(super) fn new(dir: &Dir) -> Result<Switches> {
@@ -129,7 +135,16 @@ mod switches {
                 )?;
                 files.push(file, GFP_KERNEL)?;
             }
-            Ok(Switches(files))
+            let countdown = dir.read_write_callback_file(
+                c"fail_allocation",
+                Countdown,
+                &show_countdown,
+                &store_countdown,
+            );
+            Ok(Switches {
+                _protections: files,
+                _countdown: KBox::pin_init(countdown, GFP_KERNEL)?,
+            })
         }
     }
 
@@ -145,6 +160,20 @@ mod switches {
             _ => return Err(EINVAL),
         };
         protect::switch(switch.0).store(out, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn show_countdown(_: &Countdown, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", inject::left())
+    }
+
+    fn store_countdown(_: &Countdown, reader: &mut kernel::uaccess::UserSliceReader) -> Result {
+        let mut digits = [0u8; 20];
+        let len = reader.len();
+        let text = digits.get_mut(..len).ok_or(EINVAL)?;
+        reader.read_slice(text)?;
+        let text = core::str::from_utf8(text).map_err(|_| EINVAL)?;
+        inject::fail_after(text.trim_end().parse().map_err(|_| EINVAL)?);
         Ok(())
     }
 }

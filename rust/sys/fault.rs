@@ -5,6 +5,7 @@
 use super::{
     bindings,
     huge::HugeFrame,
+    inject,
     page::{Frame, PageRef, Purpose},
     protect,
 };
@@ -96,6 +97,9 @@ impl Fault {
 
     /// Allocates a frame by the policy of the mapping that faulted.
     pub(crate) fn alloc(&self, purpose: Purpose) -> Option<Frame> {
+        if inject::fails() {
+            return None;
+        }
         // SAFETY: The mapping is valid while the fault lock is held.
         let page = unsafe {
             bindings::thinram_page_alloc_vma(purpose.gfp(), self.place().vma, self.place().address)
@@ -108,6 +112,9 @@ impl Fault {
     ///
     /// The caller holds the region lock and knows that no other page is mapped here.
     pub(crate) fn map(&self, page: PageRef<'_>, writable: bool) -> Result<Answer, NoPageTable> {
+        if inject::fails() {
+            return Err(NoPageTable);
+        }
         // SAFETY: By the type's invariant; the page is alive.
         let code =
             unsafe { bindings::vmf_insert_page_mkwrite(self.0.as_ptr(), page.as_ptr(), writable) };

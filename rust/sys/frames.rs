@@ -3,6 +3,7 @@
 //! The frames that shared records own, and the memory that the shared index lives in.
 
 use super::{
+    inject,
     page::{Frame, Label, PageRef},
     slots::Sharer,
 };
@@ -158,12 +159,18 @@ pub(super) unsafe fn zeroed_box<T>() -> Result<KBox<T>, AllocError> {
 
 /// An empty page of the catalog.
 pub(crate) fn group_page() -> Result<KBox<GroupPage>, AllocError> {
+    if inject::fails() {
+        return Err(AllocError);
+    }
     // SAFETY: Arrays of integers. All-zero is the empty page, as a test in logic says.
     unsafe { zeroed_box() }
 }
 
 /// An empty page of records.
 pub(crate) fn record_page() -> Result<KBox<RecordPage>, AllocError> {
+    if inject::fails() {
+        return Err(AllocError);
+    }
     // SAFETY: As above.
     unsafe { zeroed_box() }
 }

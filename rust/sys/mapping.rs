@@ -73,6 +73,9 @@ impl Mapping {
     ///
     /// The second walk is needed because mprotect() makes a dirty entry writable without a fault.
     pub(crate) fn write_protect(&self, first: u64, pages: u64) {
+        if !protect::armed(protect::Protection::WriteProtect) {
+            return;
+        }
         let (first, pages) = (first as usize, pages as usize);
         let (mut start, mut end) = (pages, 0);
         let mut dirty = [0usize; super::slots::SLOTS / usize::BITS as usize];

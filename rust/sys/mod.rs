@@ -10,6 +10,7 @@ pub(crate) mod fault;
 pub(crate) mod frames;
 pub(crate) mod hash;
 pub(crate) mod huge;
+pub(crate) mod inject;
 pub(crate) mod kobj;
 pub(crate) mod mapping;
 pub(crate) mod memory;

@@ -6,7 +6,7 @@
 //! maps it. Freezing takes the count from exactly one to zero: it succeeds only when nobody else, no
 //! mapping, no pin and no reader, holds the page, and nobody can get hold of it until it is unfrozen.
 
-use super::{bindings, protect};
+use super::{bindings, inject, protect};
 use core::{marker::PhantomData, ptr::NonNull};
 use kernel::{ffi::c_void, page::PAGE_SIZE};
 
@@ -49,6 +49,9 @@ unsafe impl Sync for Frame {}
 impl Frame {
     /// Allocates a page near `node` (negative: anywhere near).
     pub(crate) fn alloc(purpose: Purpose, node: i32) -> Option<Frame> {
+        if inject::fails() {
+            return None;
+        }
         // SAFETY: May sleep; callers hold no spinlock.
         NonNull::new(unsafe { bindings::thinram_page_alloc(purpose.gfp(), node) }).map(Frame)
     }
@@ -244,6 +247,9 @@ impl<'a> PageRef<'a> {
 
     /// Whether nobody but page tables and one owner holds the page: no pin that could still write.
     pub(crate) fn is_unpinned(self) -> bool {
+        if !protect::armed(protect::Protection::Unpinned) {
+            return true;
+        }
         // SAFETY: The page is alive. References are read first: mappings only go while the region is
         // locked, so if the counts agree there was no pin.
         unsafe {

@@ -18,16 +18,31 @@ pub(crate) enum Protection {
     ReadOnly,
     /// Zap a punched range before its frames are freed.
     PunchZap,
+    /// Write-protect a page before its hash is trusted.
+    WriteProtect,
+    /// Trust the hash of a page only while no pin could write to it.
+    Unpinned,
+    /// Distrust the hash once a page may change.
+    NoteChange,
+    /// Keep what is of different domains apart.
+    Border,
+    /// Let the index grow: without it, more contents than it holds have to take turns.
+    IndexGrowth,
 }
 
 #[cfg(thinram_debug)]
 /// All of them, with the names of their switches in debugfs.
-pub(crate) const ALL: [(Protection, &kernel::str::CStr); 5] = [
+pub(crate) const ALL: [(Protection, &kernel::str::CStr); 10] = [
     (Protection::Zap, c"break_zap"),
     (Protection::Freeze, c"break_freeze"),
     (Protection::Compare, c"break_compare"),
     (Protection::ReadOnly, c"break_read_only"),
     (Protection::PunchZap, c"break_punch_zap"),
+    (Protection::WriteProtect, c"break_write_protect"),
+    (Protection::Unpinned, c"break_unpinned"),
+    (Protection::NoteChange, c"break_note_change"),
+    (Protection::Border, c"break_border"),
+    (Protection::IndexGrowth, c"break_index_growth"),
 ];
 
 #[cfg(not(thinram_debug))]

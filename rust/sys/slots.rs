@@ -7,7 +7,9 @@
 //! [`Content`] is that ownership as a value, so that no frame is dropped or doubled by accident.
 
 use super::{
+    inject,
     page::{Frame, PageRef},
+    protect,
     zs::{Corrupt, NoRoom, Object, Scratch, Store},
 };
 use crate::logic::{
@@ -70,6 +72,9 @@ pub(crate) struct SlotWords {
 impl SlotWords {
     /// 512 empty slots, whose compressed pages go to `store`, and the key to them.
     pub(crate) fn new(store: Arc<Store>) -> Result<(SlotWords, SlotKey)> {
+        if inject::fails() {
+            return Err(ENOMEM);
+        }
         // SAFETY: Atomic integers; zero is an empty slot.
         let words = unsafe { super::frames::zeroed_box()? };
         Ok((SlotWords { words, store }, SlotKey(())))
@@ -87,6 +92,9 @@ impl SlotWords {
 
     /// Forgets that the page is unchanged, so that the next pass hashes it. True when it was set.
     pub(crate) fn clear_stable(&self, index: usize) -> bool {
+        if !protect::armed(protect::Protection::NoteChange) {
+            return false;
+        }
         self.words.get(index).is_some_and(|w| {
             w.fetch_and(Slot::NOT_STABLE, Ordering::Relaxed) & Slot::STABLE_BIT != 0
         })

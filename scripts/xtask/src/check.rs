@@ -55,6 +55,10 @@ pub fn all(k: &Kernel) -> Result<Vec<Test>> {
         path.strip_prefix("rust/")
             .map_or(Vec::new(), |p| lint::arrows(p, text))
     }));
+    tests.push(rule("engine: no way upstairs", &text, |path, text| {
+        path.strip_prefix("rust/")
+            .map_or(Vec::new(), |p| lint::stairs(p, text))
+    }));
     tests.push(rule("C: only rust/helpers.c and headers", &text, foreign_c));
     tests.push(rule("SPDX line on every source file", &text, spdx));
     if src("rust/thinram.rs").exists() {

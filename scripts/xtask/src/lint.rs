@@ -268,6 +268,57 @@ pub fn arrows(path: &str, text: &str) -> Vec<(usize, String)> {
     found
 }
 
+/// The files of the engine by storey: objects, what is done to pages, and who does it. A file uses
+/// its own storey and those below, but those who do it are independent of each other.
+const STOREYS: &[&[&str]] = &[
+    &[
+        "vm", "region", "shared", "pressure", "caps", "sample", "stall",
+    ],
+    &[
+        "backing", "merge", "split", "compress", "swap", "huge", "survey",
+    ],
+    &["fault", "data", "scan", "reclaim", "regroup"],
+];
+
+/// The object that ties all of the engine together: it uses every storey, and every storey uses it
+/// but for these, which can be understood without it.
+const TOP: &str = "host";
+const WITHOUT_TOP: &[&str] = &["region", "shared"];
+
+/// Paths inside the engine that lead upstairs: (line, what).
+pub fn stairs(path: &str, text: &str) -> Vec<(usize, String)> {
+    let Some(name) = path
+        .strip_prefix("engine/")
+        .and_then(|file| file.strip_suffix(".rs"))
+    else {
+        return Vec::new();
+    };
+    let storey = |name: &str| STOREYS.iter().position(|files| files.contains(&name));
+    let Some(own) = storey(name) else {
+        return Vec::new();
+    };
+    let source = Source::new(text);
+    let code = source.code.join("\n");
+    let mut found = Vec::new();
+    for head in ["super", "crate::engine"] {
+        for at in words(&code, head) {
+            for to in heads(code[at + head.len()..].trim_start()) {
+                let wrong = match storey(&to) {
+                    _ if to == name => false,
+                    _ if to == TOP => WITHOUT_TOP.contains(&name),
+                    Some(other) => other > own || (other == own && own + 1 == STOREYS.len()),
+                    None => false,
+                };
+                if wrong {
+                    let line = code[..at].matches('\n').count() + 1;
+                    found.push((line, format!("engine: {name} uses {to}")));
+                }
+            }
+        }
+    }
+    found
+}
+
 /// The top-level names that the paths in a line lead to, seen `level` modules below the crate.
 fn targets(line: &str, level: usize) -> Vec<String> {
     let mut found = Vec::new();
@@ -443,6 +494,43 @@ mod tests {
             ("engine/scan.rs", "// crate::glue\nlet s = \"crate::glue\";"),
         ] {
             assert_eq!(arrows(path, text), [], "{path}: {text}");
+        }
+    }
+
+    #[test]
+    fn ways_upstairs_inside_the_engine_are_found() {
+        for (path, text) in [
+            ("engine/region.rs", "use super::host::Host;"),
+            ("engine/shared.rs", "use super::{region::Region, merge};"),
+            (
+                "engine/merge.rs",
+                "use super::{\n    host::Host,\n    scan::{self, Walk},\n};",
+            ),
+            (
+                "engine/vm.rs",
+                "fn f(b: &crate::engine::backing::Backing) {}",
+            ),
+            ("engine/fault.rs", "use super::scan;"),
+            ("engine/scan.rs", "fn f() { super::reclaim::go() }"),
+        ] {
+            assert_eq!(stairs(path, text).len(), 1, "{path}: {text}");
+        }
+    }
+
+    #[test]
+    fn ways_downstairs_inside_the_engine_are_accepted() {
+        for (path, text) in [
+            ("engine/host.rs", "use super::{merge, scan, region};"),
+            (
+                "engine/merge.rs",
+                "use super::{host::Host, region, shared, huge};",
+            ),
+            ("engine/scan.rs", "use super::{merge::{self, scan}, vm};"),
+            ("engine/region.rs", "use super::vm::Vm; // super::host"),
+            ("engine/new.rs", "use super::scan;"),
+            ("glue/region.rs", "use super::host;"),
+        ] {
+            assert_eq!(stairs(path, text), [], "{path}: {text}");
         }
     }
 }

@@ -186,7 +186,8 @@ pub fn guests(k: &Kernel) -> Result<PathBuf> {
     let init = src("scripts/vm/guest-init");
     let files = [("init", init), ("bin/guest-load", load)];
     initramfs(k, &dir.join("small.initrd"), &files, &[])?;
-    initramfs(k, &dir.join("stock.initrd"), &files, &["virtio_balloon"])?;
+    let modules = ["virtio_balloon", "failover", "net_failover", "virtio_net"];
+    initramfs(k, &dir.join("stock.initrd"), &files, &modules)?;
     for (name, from) in [("small", small), ("stock", k.vmlinuz())] {
         let to = dir.join(format!("{name}.vmlinuz"));
         // Replaced at once: a guest of another run may be about to read it.
@@ -273,6 +274,8 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
     }
     c.args(["-m", &format!("{}M", job.memory_mib)]);
     if job.place == Place::SmpHost {
+        // An IOMMU, and a device that nobody needs: for VFIO.
+        c.args(["-device", "intel-iommu", "-device", "edu"]);
         // A NUMA node for each CPU: two sockets, or the kernel warns of a cache over nodes.
         c.args(["-smp", "2,sockets=2"]);
         let half = job.memory_mib / 2;

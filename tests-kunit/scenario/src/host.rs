@@ -52,6 +52,11 @@ pub const CASES: &[Case] = &[
         hwpoison_shared,
     ),
     Case::both(
+        "mmap/vfio",
+        "VFIO cannot have guest memory for a device's DMA: EFAULT",
+        vfio,
+    ),
+    Case::both(
         "mmap/gdb",
         "gdb attaches, reads and writes the mapping",
         gdb,
@@ -330,6 +335,23 @@ fn hwpoison_shared(ctx: &Ctx) -> Result<()> {
         guest.holds(2, 4, 1)?;
     }
     third.holds(0, 4, 1)
+}
+
+fn vfio(ctx: &Ctx) -> Result<()> {
+    let container = sys::vfio::Container::new()?;
+    let mount = ctx.mount("m", "size=16M")?;
+    let guest = mount.guest("web", 4)?;
+    guest.fill(0, 4, 1);
+    let done = container.map(&guest.map);
+    if ctx.is_thinram() {
+        fails_any("guest memory", done, &[Errno::EFAULT])?;
+        // The refusal is of this memory, not of the container.
+        let anonymous = Map::anonymous(4 * PAGE)?;
+        container.map(&anonymous).context("anonymous memory")?;
+    } else {
+        done.context("a file of tmpfs")?;
+    }
+    guest.holds(0, 4, 1)
 }
 
 fn gdb(ctx: &Ctx) -> Result<()> {

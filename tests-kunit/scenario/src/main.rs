@@ -16,10 +16,12 @@ mod fuzz;
 mod harness;
 mod host;
 mod huge;
+mod inject;
 mod mapping;
 mod mounts;
 mod names;
 mod nodes;
+mod noticed;
 mod prove;
 mod selftest;
 mod sharing;
@@ -160,12 +162,14 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         host::CASES,
         sharing::CASES,
         controls::CASES,
+        noticed::CASES,
         contention::CASES,
         nodes::CASES,
         cgroup::CASES,
         huge::CASES,
         compress::CASES,
         active::CASES,
+        inject::CASES,
         fuzz::CASES,
         torture::CASES,
     ]

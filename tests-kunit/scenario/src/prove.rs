@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Shows that the torture notices: a debug build takes one protection out, and must be caught.
+//! Shows that tests notice: a debug build takes one protection out, and must be caught.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,10 +18,39 @@ struct Protection {
     name: &'static str,
     /// What it protects from.
     prevents: &'static str,
-    /// The case that must see corrupted data without it.
+    /// The case that must notice.
     case: &'static str,
-    /// Whether the kernel may notice first, and kill the process by SIGBUS.
-    or_bus_error: bool,
+    /// How it notices.
+    sees: Sees,
+}
+
+/// What a case must see where a protection is taken out.
+#[derive(Clone, Copy)]
+enum Sees {
+    /// Corrupted data.
+    Corruption,
+    /// The same, or the kernel notices first and kills the process by SIGBUS.
+    CorruptionOrBusError,
+    /// That pages merge which must not, or do not which must: no byte is wrong.
+    WrongSharing,
+}
+
+impl Sees {
+    fn fits(self, verdict: &Verdict) -> bool {
+        match self {
+            Sees::Corruption => *verdict == Verdict::Corrupt,
+            Sees::CorruptionOrBusError => matches!(verdict, Verdict::Corrupt | Verdict::BusError),
+            Sees::WrongSharing => *verdict == Verdict::Fail,
+        }
+    }
+
+    fn text(self) -> &'static str {
+        match self {
+            Sees::Corruption => "corrupted data",
+            Sees::CorruptionOrBusError => "corrupted data or SIGBUS",
+            Sees::WrongSharing => "wrong sharing",
+        }
+    }
 }
 
 const PROTECTIONS: &[Protection] = &[
@@ -30,31 +59,55 @@ const PROTECTIONS: &[Protection] = &[
         prevents: "a mapping that outlives the page in its slot",
         case: "torture/syscalls",
         // The next write fault finds another page mapped than the slot's.
-        or_bus_error: true,
+        sees: Sees::CorruptionOrBusError,
     },
     Protection {
         name: "freeze",
         prevents: "replacing a page that somebody else holds",
         case: "torture/direct",
-        or_bus_error: false,
+        sees: Sees::Corruption,
     },
     Protection {
         name: "compare",
         prevents: "merging pages whose hash alone is the same",
         case: "torture/mapping",
-        or_bus_error: false,
+        sees: Sees::Corruption,
     },
     Protection {
         name: "read_only",
         prevents: "writing to a frame that others share",
         case: "torture/mapping",
-        or_bus_error: false,
+        sees: Sees::Corruption,
     },
     Protection {
         name: "punch_zap",
         prevents: "a mapping that outlives the page's hole",
         case: "torture/punch",
-        or_bus_error: false,
+        sees: Sees::Corruption,
+    },
+    Protection {
+        name: "write_protect",
+        prevents: "trusting a hash though a write would not be noticed",
+        case: "share/write-noticed",
+        sees: Sees::WrongSharing,
+    },
+    Protection {
+        name: "note_change",
+        prevents: "trusting a hash after a write",
+        case: "share/write-noticed",
+        sees: Sees::WrongSharing,
+    },
+    Protection {
+        name: "unpinned",
+        prevents: "trusting a hash while a pin may write",
+        case: "share/late-pin",
+        sees: Sees::WrongSharing,
+    },
+    Protection {
+        name: "border",
+        prevents: "sharing over the border of a domain",
+        case: "share/across-domains",
+        sees: Sees::WrongSharing,
     },
 ];
 
@@ -139,18 +192,17 @@ fn prove(setup: &Setup, protection: &Protection) -> Result<Verdict> {
     }
     let seen = run_case(crate::case(protection.case)?, setup);
     turn(&switch, false)?;
-    Ok(match seen? {
-        Verdict::Corrupt => Verdict::Pass,
-        Verdict::BusError if protection.or_bus_error => Verdict::Pass,
-        other => {
-            comment(&format!(
-                "expected that {} sees corrupted data without the protection from {}, seen \
-                 {other:?}",
-                protection.case, protection.prevents,
-            ));
-            Verdict::Fail
-        }
-    })
+    let seen = seen?;
+    if protection.sees.fits(&seen) {
+        return Ok(Verdict::Pass);
+    }
+    comment(&format!(
+        "expected that {} sees {} without the protection from {}, seen {seen:?}",
+        protection.case,
+        protection.sees.text(),
+        protection.prevents,
+    ));
+    Ok(Verdict::Fail)
 }
 
 fn turn(switch: &Path, out: bool) -> Result<()> {

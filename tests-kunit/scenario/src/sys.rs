@@ -3,6 +3,7 @@
 //! System calls that no crate wraps, and shared mappings: the only home of `unsafe` here.
 
 pub mod numa;
+pub mod vfio;
 
 use std::ffi::{c_int, c_void, CString};
 use std::fs::File;
@@ -441,6 +442,20 @@ pub fn vmsplice(pipe: impl AsFd, map: &Map, from: usize, len: usize) -> nix::Res
     Errno::result(done).map(|n| n as usize)
 }
 
+/// `process_vm_writev` from a mapping to an address of this very process: it holds the pages there
+/// for writing until it has read all of `from`.
+pub fn write_own_memory(from: &Map, to: &Map) -> nix::Result<usize> {
+    let len = from.len.min(to.len);
+    let vector = |map: &Map| libc::iovec {
+        iov_base: map.addr as *mut c_void,
+        iov_len: len,
+    };
+    let (local, remote) = (vector(from), vector(to));
+    // SAFETY: both vectors describe mappings, whose words are atomics for everybody.
+    let done = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
+    Errno::result(done).map(|n| n as usize)
+}
+
 /// `fsetxattr`.
 pub fn set_xattr(file: impl AsFd, name: &str, value: &[u8]) -> nix::Result<()> {
     let name = CString::new(name).map_err(|_| Errno::EINVAL)?;
@@ -539,6 +554,16 @@ struct UffdRegister {
 }
 nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, UffdApi);
 nix::ioctl_readwrite!(uffdio_register, 0xaa, 0x00, UffdRegister);
+/// `struct uffdio_copy` as the kernel lays it out.
+#[repr(C)]
+struct UffdCopy {
+    to: u64,
+    from: u64,
+    len: u64,
+    mode: u64,
+    copied: i64,
+}
+nix::ioctl_readwrite!(uffdio_copy, 0xaa, 0x03, UffdCopy);
 
 impl UserFault {
     /// Opens one; `ENOSYS` where the kernel has none.
@@ -568,6 +593,31 @@ impl UserFault {
         };
         // SAFETY: the structure has the kernel's layout.
         unsafe { uffdio_register(self.0.as_raw_fd(), &mut request) }.map(drop)
+    }
+
+    /// Whether somebody waits for a page of it.
+    pub fn is_awaited(&self) -> nix::Result<bool> {
+        // `struct uffd_msg` is 32 bytes.
+        let mut message = [0; 32];
+        match nix::unistd::read(&self.0, &mut message) {
+            Ok(n) => Ok(n == message.len()),
+            Err(Errno::EAGAIN) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Gives the registered `map` its pages, a copy of those of `from`.
+    pub fn resolve(&self, map: &Map, from: &Map) -> nix::Result<()> {
+        let mut request = UffdCopy {
+            to: map.addr as u64,
+            from: from.addr as u64,
+            len: map.len.min(from.len) as u64,
+            mode: 0,
+            copied: 0,
+        };
+        // SAFETY: the structure has the kernel's layout; both ranges are mappings whose words are
+        // atomics for everybody.
+        unsafe { uffdio_copy(self.0.as_raw_fd(), &mut request) }.map(drop)
     }
 }
 
