@@ -22,6 +22,7 @@ mod mounts;
 mod names;
 mod nodes;
 mod noticed;
+mod peers;
 mod prove;
 mod selftest;
 mod sharing;
@@ -163,6 +164,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         sharing::CASES,
         controls::CASES,
         noticed::CASES,
+        peers::CASES,
         contention::CASES,
         nodes::CASES,
         cgroup::CASES,

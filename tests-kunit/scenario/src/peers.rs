@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What KSM's own tests check (the kernel's selftests, LTP), on files of ThinRAM; docs/testing.md
+//! has the table.
+
+use anyhow::{bail, Context, Result};
+use nix::sys::signal::Signal;
+
+use crate::check::{eq, page_is};
+use crate::content;
+use crate::ctx::{Ctx, Guest};
+use crate::harness::Case;
+use crate::sharing::{merged_twins, twins, SOON};
+use crate::sys::{self, Map, PAGE, R, RW, WORDS};
+
+/// The table of cases.
+pub const CASES: &[Case] = &[
+    Case::thinram(
+        "peers/patterns",
+        "three VMs filled in steps: counters are exact in each",
+        patterns,
+    ),
+    Case::thinram(
+        "peers/discarded",
+        "merged pages are dropped in part, then unshared",
+        discarded,
+    ),
+    Case::thinram(
+        "peers/prot-none",
+        "merge and unshare under a mapping without access",
+        prot_none,
+    ),
+    Case::thinram(
+        "peers/dying",
+        "processes die while their pages are scanned",
+        dying,
+    ),
+    Case::thinram(
+        "peers/read-only-merge",
+        "merge and unshare under a mapping that may only read",
+        read_only_merge,
+    ),
+];
+
+/// A page of one byte over and over.
+fn of(byte: u8) -> [u64; WORDS] {
+    [u64::from_ne_bytes([byte; 8]); WORDS]
+}
+
+fn fill(guest: &Guest, byte: u8) {
+    for page in 0..guest.map.pages() {
+        guest.map.write_page(page, &of(byte));
+    }
+}
+
+fn patterns(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 256;
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let vms = [
+        mount.guest("a", PAGES)?,
+        mount.guest("b", PAGES)?,
+        mount.guest("c", PAGES)?,
+    ];
+    let sys = ctx.sys();
+    // What each VM is filled with, and how many contents and further pages that makes; the last
+    // word of the last page is of its own where there is a second byte.
+    type Fill = (u8, Option<u8>);
+    let steps: [([Fill; 3], u64, u64, u64); 5] = [
+        ([(b'c', None), (b'a', None), (b'b', None)], 3, 765, 0),
+        ([(b'c', None), (b'b', None), (b'b', None)], 2, 766, 0),
+        ([(b'd', None), (b'd', None), (b'd', None)], 1, 767, 0),
+        ([(b'd', None), (b'd', None), (b'd', Some(b'e'))], 1, 766, 1),
+        ([(0, None), (0, None), (0, None)], 0, 0, 0),
+    ];
+    for (number, (fills, shared, sharing, unshared)) in steps.into_iter().enumerate() {
+        sys.set("run", 0)?;
+        for (guest, (byte, last)) in vms.iter().zip(fills) {
+            fill(guest, byte);
+            if let Some(last) = last {
+                let word = u64::from_ne_bytes([last; 8]);
+                guest.map.set(PAGES - 1, WORDS - 1, word);
+            }
+        }
+        sys.flat_out()?;
+        let what =
+            format!("step {number}: {shared} shared, {sharing} sharing, {unshared} unshared");
+        ctx.until(&what, SOON, || {
+            let seen = (
+                sys.get("pages_shared")?,
+                sys.get("pages_sharing")?,
+                sys.get("pages_unshared")?,
+            );
+            Ok((seen == (shared, sharing, unshared), format!("{seen:?}")))
+        })?;
+        let zero = if fills[0].0 == 0 { 3 * PAGES as u64 } else { 0 };
+        eq("zero_pages", sys.get("zero_pages")?, zero)?;
+        for (guest, (byte, last)) in vms.iter().zip(fills) {
+            for page in 0..PAGES {
+                let mut expected = of(byte);
+                if let (Some(last), true) = (last, page + 1 == PAGES) {
+                    expected[WORDS - 1] = u64::from_ne_bytes([last; 8]);
+                }
+                page_is(
+                    format!("page {page}"),
+                    &guest.map.read_page(page),
+                    &expected,
+                )?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn discarded(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 256;
+    let (mount, a, b) = merged_twins(ctx, PAGES)?;
+    let sys = ctx.sys();
+    // Dropped from one process's tables, which keeps the data; and from the file, which does not.
+    a.map
+        .advise(0, PAGES * PAGE / 2, libc::MADV_DONTNEED)
+        .context("MADV_DONTNEED")?;
+    a.map
+        .advise(PAGES * PAGE / 2, PAGES * PAGE / 4, libc::MADV_REMOVE)
+        .context("MADV_REMOVE")?;
+    let left = (PAGES * 3 / 4) as u64;
+    eq("pages_sharing", sys.get("pages_sharing")?, left)?;
+    sys.set("run", 2)?;
+    eq("pages_sharing unshared", sys.get("pages_sharing")?, 0)?;
+    a.holds(0, PAGES / 2, 1)?;
+    a.is_zero(PAGES / 2, PAGES * 3 / 4)?;
+    a.holds(PAGES * 3 / 4, PAGES, 1)?;
+    b.holds(0, PAGES, 1)?;
+    ctx.expect_used("unshared", &mount, "a", 4 * left)?;
+    ctx.expect_used("unshared", &mount, "b", 4 * PAGES as u64)
+}
+
+/// Merges two VMs, one of them under `prot`, unshares them, and merges them again.
+fn under(ctx: &Ctx, prot: libc::c_int) -> Result<()> {
+    const PAGES: usize = 64;
+    let (_mount, a, b) = twins(ctx, PAGES)?;
+    let sys = ctx.sys();
+    a.map.protect(0, PAGES * PAGE, prot)?;
+    for _ in 0..2 {
+        sys.flat_out()?;
+        ctx.until_is("pages_sharing", PAGES as u64, SOON)?;
+        sys.set("run", 2)?;
+        eq("pages_sharing unshared", sys.get("pages_sharing")?, 0)?;
+    }
+    a.map.protect(0, PAGES * PAGE, RW)?;
+    a.holds(0, PAGES, 1)?;
+    b.holds(0, PAGES, 1)?;
+    a.fill(0, PAGES, 700);
+    a.holds(0, PAGES, 700)?;
+    b.holds(0, PAGES, 1)
+}
+
+fn prot_none(ctx: &Ctx) -> Result<()> {
+    under(ctx, libc::PROT_NONE)
+}
+
+fn read_only_merge(ctx: &Ctx) -> Result<()> {
+    under(ctx, R)
+}
+
+fn dying(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 16;
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let stays = mount.guest("stays", PAGES)?;
+    stays.fill(0, PAGES, 1);
+    let sys = ctx.sys();
+    sys.flat_out()?;
+    let before = sys.get("full_scans")?;
+    for round in 0..60 {
+        let name = format!("dies{round}");
+        let file = mount.file(&name, "ram", PAGES)?;
+        std::fs::remove_file(mount.at(&name).join("ram"))?;
+        let mut child = sys::fork(move || {
+            let map = Map::shared(&file, 0, PAGES * PAGE, RW)?;
+            for page in 0..PAGES {
+                map.write_page(page, &content::page(1 + page as u64));
+            }
+            drop(file);
+            // Half of them while they are merged, half right away.
+            if round % 2 == 0 {
+                std::thread::sleep(std::time::Duration::from_millis(4));
+            }
+            map.protect(0, PAGE, libc::PROT_NONE)?;
+            map.set(0, 0, 1);
+            bail!("a write without access went through")
+        })?;
+        child.expect_signal(Signal::SIGSEGV, ctx.limit(10.0))?;
+    }
+    ctx.until_least("full_scans", before + 1, SOON)?;
+    ctx.until("the VM that stays alone", 10.0, || {
+        let vms = sys.vms()?;
+        Ok((vms == ["stays"], format!("{vms:?}")))
+    })?;
+    eq("pages_sharing", sys.get("pages_sharing")?, 0)?;
+    stays.holds(0, PAGES, 1)
+}
