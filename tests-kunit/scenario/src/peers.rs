@@ -82,18 +82,18 @@ fn patterns(ctx: &Ctx) -> Result<()> {
             }
         }
         sys.flat_out()?;
-        let what =
-            format!("step {number}: {shared} shared, {sharing} sharing, {unshared} unshared");
+        let zero = if fills[0].0 == 0 { 3 * PAGES as u64 } else { 0 };
+        let wanted = (shared, sharing, unshared, zero);
+        let what = format!("shared, sharing, unshared, zero of {wanted:?} in step {number}");
         ctx.until(&what, SOON, || {
             let seen = (
                 sys.get("pages_shared")?,
                 sys.get("pages_sharing")?,
                 sys.get("pages_unshared")?,
+                sys.get("zero_pages")?,
             );
-            Ok((seen == (shared, sharing, unshared), format!("{seen:?}")))
+            Ok((seen == wanted, format!("{seen:?}")))
         })?;
-        let zero = if fills[0].0 == 0 { 3 * PAGES as u64 } else { 0 };
-        eq("zero_pages", sys.get("zero_pages")?, zero)?;
         for (guest, (byte, last)) in vms.iter().zip(fills) {
             for page in 0..PAGES {
                 let mut expected = of(byte);
