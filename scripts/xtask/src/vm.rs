@@ -186,8 +186,7 @@ pub fn guests(k: &Kernel) -> Result<PathBuf> {
     let init = src("scripts/vm/guest-init");
     let files = [("init", init), ("bin/guest-load", load)];
     initramfs(k, &dir.join("small.initrd"), &files, &[])?;
-    let modules = ["virtio_balloon", "failover", "net_failover", "virtio_net"];
-    initramfs(k, &dir.join("stock.initrd"), &files, &modules)?;
+    initramfs(k, &dir.join("stock.initrd"), &files, &["virtio_balloon"])?;
     for (name, from) in [("small", small), ("stock", k.vmlinuz())] {
         let to = dir.join(format!("{name}.vmlinuz"));
         // Replaced at once: a guest of another run may be about to read it.
