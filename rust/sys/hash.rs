@@ -3,7 +3,11 @@
 //! The content hash: the kernel's xxh64 over a whole page, with a seed. It is never trusted: pages
 //! are compared before they are merged.
 
-use super::{bindings, page::PageRef};
+use super::{
+    bindings,
+    page::PageRef,
+    protect::{self, Protection},
+};
 use kernel::page::PAGE_SIZE;
 
 /// A seed for one sharing scope, made from the key of this load of the module.
@@ -20,12 +24,20 @@ impl Seed {
     }
 }
 
+/// Bytes that a weakened hash looks at.
+const WEAK_BYTES: usize = 64;
+
 /// Hashes the page as it is now; a mapped page may change meanwhile, then the hash is of no content
 /// that ever was.
 #[inline]
 pub(crate) fn of_page(page: PageRef<'_>, seed: Seed) -> u64 {
+    let bytes = if protect::armed(Protection::WholeHash) {
+        PAGE_SIZE
+    } else {
+        WEAK_BYTES
+    };
     // SAFETY: A PageRef's page is in the direct map and PAGE_SIZE long as long as the PageRef lives.
-    unsafe { bindings::xxh64(page.address().cast(), PAGE_SIZE, seed.0) }
+    unsafe { bindings::xxh64(page.address().cast(), bytes, seed.0) }
 }
 
 /// A random key, drawn once at load.

@@ -26,13 +26,16 @@ pub(crate) enum Protection {
     NoteChange,
     /// Keep what is of different domains apart.
     Border,
+    /// Hash a page as a whole. Without it nothing may go wrong: it makes hashes of unlike pages equal,
+    /// so that only [`Protection::Compare`] tells them apart.
+    WholeHash,
     /// Let the index grow: without it, more contents than it holds have to take turns.
     IndexGrowth,
 }
 
 #[cfg(thinram_debug)]
 /// All of them, with the names of their switches in debugfs.
-pub(crate) const ALL: [(Protection, &kernel::str::CStr); 10] = [
+pub(crate) const ALL: [(Protection, &kernel::str::CStr); 11] = [
     (Protection::Zap, c"break_zap"),
     (Protection::Freeze, c"break_freeze"),
     (Protection::Compare, c"break_compare"),
@@ -42,6 +45,7 @@ pub(crate) const ALL: [(Protection, &kernel::str::CStr); 10] = [
     (Protection::Unpinned, c"break_unpinned"),
     (Protection::NoteChange, c"break_note_change"),
     (Protection::Border, c"break_border"),
+    (Protection::WholeHash, c"break_whole_hash"),
     (Protection::IndexGrowth, c"break_index_growth"),
 ];
 

@@ -22,6 +22,9 @@ struct Protection {
     case: &'static str,
     /// How it notices.
     sees: Sees,
+    /// Another switch, with which the case must pass as long as the protection is in place: it makes
+    /// common what the protection is for.
+    with: Option<&'static str>,
 }
 
 /// What a case must see where a protection is taken out.
@@ -60,54 +63,63 @@ const PROTECTIONS: &[Protection] = &[
         case: "torture/syscalls",
         // The next write fault finds another page mapped than the slot's.
         sees: Sees::CorruptionOrBusError,
+        with: None,
     },
     Protection {
         name: "freeze",
         prevents: "replacing a page that somebody else holds",
         case: "torture/direct",
         sees: Sees::Corruption,
+        with: None,
     },
     Protection {
         name: "compare",
         prevents: "merging pages whose hash alone is the same",
         case: "torture/mapping",
         sees: Sees::Corruption,
+        with: Some("whole_hash"),
     },
     Protection {
         name: "read_only",
         prevents: "writing to a frame that others share",
         case: "torture/mapping",
         sees: Sees::Corruption,
+        with: None,
     },
     Protection {
         name: "punch_zap",
         prevents: "a mapping that outlives the page's hole",
         case: "torture/punch",
         sees: Sees::Corruption,
+        with: None,
     },
     Protection {
         name: "write_protect",
         prevents: "trusting a hash though a write would not be noticed",
         case: "share/write-noticed",
         sees: Sees::WrongSharing,
+        with: None,
     },
     Protection {
         name: "note_change",
         prevents: "trusting a hash after a write",
         case: "share/write-noticed",
         sees: Sees::WrongSharing,
+        with: None,
     },
     Protection {
         name: "unpinned",
         prevents: "trusting a hash while a pin may write",
         case: "share/late-pin",
         sees: Sees::WrongSharing,
+        with: None,
     },
     Protection {
         name: "border",
         prevents: "sharing over the border of a domain",
         case: "share/across-domains",
         sees: Sees::WrongSharing,
+        with: None,
     },
 ];
 
@@ -161,7 +173,7 @@ pub fn run(setup: &Setup, wanted: &str) -> Result<()> {
 
 fn intact(setup: &Setup, case: &str) -> Result<Verdict> {
     for protection in PROTECTIONS {
-        let switch = switch(setup, protection);
+        let switch = switch(setup, protection.name);
         match fs::read_to_string(&switch) {
             Ok(text) if text.trim_end() == "0" => {}
             Ok(text) => {
@@ -180,12 +192,30 @@ fn intact(setup: &Setup, case: &str) -> Result<Verdict> {
     run_case(crate::case(case)?, setup)
 }
 
-fn switch(setup: &Setup, protection: &Protection) -> PathBuf {
-    setup.debug.join(format!("break_{}", protection.name))
+fn switch(setup: &Setup, name: &str) -> PathBuf {
+    setup.debug.join(format!("break_{name}"))
 }
 
 fn prove(setup: &Setup, protection: &Protection) -> Result<Verdict> {
-    let switch = switch(setup, protection);
+    let Some(with) = protection.with else {
+        return notices(setup, protection);
+    };
+    let with = switch(setup, with);
+    turn(&with, true)?;
+    let verdict = match run_case(crate::case(protection.case)?, setup) {
+        Ok(Verdict::Pass) => notices(setup, protection),
+        Ok(seen) => {
+            comment(&format!("with {} alone: seen {seen:?}", with.display()));
+            Ok(Verdict::Fail)
+        }
+        Err(e) => Err(e),
+    };
+    turn(&with, false)?;
+    verdict
+}
+
+fn notices(setup: &Setup, protection: &Protection) -> Result<Verdict> {
+    let switch = switch(setup, protection.name);
     if let Err(e) = turn(&switch, true) {
         comment(&format!("{e:#}"));
         return Ok(Verdict::Fail);
