@@ -752,6 +752,7 @@ fn held(ctx: &Ctx) -> Result<()> {
 
 /// Takes most of memory by pages that the kernel cannot move, and gives every second one back.
 fn in_pieces(ctx: &Ctx) -> Result<()> {
+    const REGIONS: usize = 512;
     always(ctx)?;
     let sys = ctx.sys();
     let mount = ctx.mount("m", "size=0,domain=lab,large_pages=never")?;
@@ -765,11 +766,11 @@ fn in_pieces(ctx: &Ctx) -> Result<()> {
     }
     let large = ctx.mount("n", "size=0,domain=lab")?;
     let refused = sys.get("large_pages_refused_no_memory")?;
-    // What is left in one piece now is a large page soon.
-    let eater = large.guest("eater", 128 * LARGE)?;
+    // What is left in one piece now is a large page soon, and so is what caches give back.
+    let eater = large.guest("eater", REGIONS * LARGE)?;
     let start = Instant::now();
     let mut at = 0;
-    while sys.get("large_pages_refused_no_memory")? == refused && at < 128 {
+    while sys.get("large_pages_refused_no_memory")? == refused && at < REGIONS {
         eater.map.set(at * LARGE, 0, at as u64 + 1);
         at += 1;
         if free_kb()? < 60 << 10 {
