@@ -77,11 +77,6 @@ pub const CASES: &[Case] = &[
         held,
     ),
     Case::thinram(
-        "huge/in-pieces",
-        "memory in pieces: 4 KiB pages instead",
-        in_pieces,
-    ),
-    Case::thinram(
         "huge/idle",
         "on a host with memory nothing is split in 20 passes",
         idle,
@@ -751,58 +746,6 @@ fn held(ctx: &Ctx) -> Result<()> {
 }
 
 /// Takes most of memory by pages that the kernel cannot move, and gives every second one back.
-fn in_pieces(ctx: &Ctx) -> Result<()> {
-    const REGIONS: usize = 512;
-    always(ctx)?;
-    let sys = ctx.sys();
-    let mount = ctx.mount("m", "size=0,domain=lab,large_pages=never")?;
-    let hog = mount.file("hog", "ram", 0)?;
-    // Until no 2 MiB are left in one piece, but some for the rest of the machine.
-    let step = 16 * LARGE * PAGE;
-    let mut len = 0;
-    while free_kb()? > 220 << 10 {
-        sys::fallocate(&hog, 0, len as i64, step as i64)?;
-        len += step;
-    }
-    let large = ctx.mount("n", "size=0,domain=lab")?;
-    let refused = sys.get("large_pages_refused_no_memory")?;
-    // What is left in one piece now is a large page soon, and so is what caches give back.
-    let eater = large.guest("eater", REGIONS * LARGE)?;
-    let start = Instant::now();
-    let mut at = 0;
-    while sys.get("large_pages_refused_no_memory")? == refused && at < REGIONS {
-        eater.map.set(at * LARGE, 0, at as u64 + 1);
-        at += 1;
-        if free_kb()? < 60 << 10 {
-            // Every second page back, so that there is memory, but in pieces.
-            for page in (0..4096).map(|i| (len / PAGE) - 1 - 2 * i) {
-                sys::punch(&hog, (page * PAGE) as u64, PAGE as u64)?;
-            }
-            len -= 8192 * PAGE;
-        }
-        ensure!(
-            start.elapsed() < ctx.limit(40.0),
-            "{at} large pages, none refused"
-        );
-    }
-    that(
-        "a large page was refused",
-        sys.get("large_pages_refused_no_memory")? > refused,
-    )?;
-    for region in 0..at {
-        eq(
-            "its word",
-            eater.map.get(region * LARGE, 0),
-            region as u64 + 1,
-        )?;
-    }
-    let stat = eater.sysfs(ctx).stat()?;
-    stat.check_sum()?;
-    within("private_kb where none was", stat.get("private_kb")?, 4, 64)?;
-    println!("{at} large pages before the first was refused");
-    Ok(())
-}
-
 /// Two VMs of 8 large pages each: four have the same content in both, four have their own. One page
 /// in eight of the equal ones differs all the same.
 fn half_twins(ctx: &Ctx) -> Result<(Mount<'_>, Guest, Guest)> {
@@ -1098,15 +1041,6 @@ fn again(ctx: &Ctx) -> Result<()> {
     guest.is_zero(1, 3)?;
     huge_is(ctx, "after a discard", "web", LARGE_KB)?;
     eq("KiB mapped large", mapped_large(&guest.map)?, LARGE_KB)
-}
-
-fn free_kb() -> Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemFree:"))
-        .context("no MemFree in /proc/meminfo")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
 /// Regions of the race: the last one is the puncher's.
