@@ -413,12 +413,7 @@ fn one(dup_percent: u32, smart: bool, empty: u64) -> Result<Run> {
     thinram.set("scan_cpu_max_percent", "100")?;
     // As KSM with sleep_millisecs 0: no ceiling at all.
     thinram.set("scan_period_secs", "0")?;
-    let file = fs::File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(mount.vm("bench")?.join("ram"))?;
-    file.set_len((PAGES * PAGE) as u64)?;
+    let file = mount.file("bench", (PAGES * PAGE) as u64)?;
     let mut memory = Memory::file(&file.into(), dup_percent)?;
     let thinram_figures = measure(&thinram, &mut memory, empty).context("ThinRAM")?;
     drop(memory);

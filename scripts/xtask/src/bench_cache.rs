@@ -130,12 +130,7 @@ fn thinram(ratio: f64) -> Result<Figures> {
     // As zswap: everything that gets smaller, and no cap.
     set("compress_max_object_percent", "100")?;
     set("compress_max_percent", "100")?;
-    let file = fs::File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(mount.vm("bench")?.join("ram"))?;
-    file.set_len((PAGES * PAGE) as u64)?;
+    let file = mount.file("bench", (PAGES * PAGE) as u64)?;
     // SAFETY: A new mapping at an address of the kernel's choice; nobody truncates the file.
     let at = unsafe {
         mmap(

@@ -66,6 +66,17 @@ impl Mount {
         Ok(dir)
     }
 
+    /// Makes a file of `bytes` for a VM.
+    pub fn file(&self, vm: &str, bytes: u64) -> Result<fs::File> {
+        let file = fs::File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(self.vm(vm)?.join("ram"))?;
+        file.set_len(bytes)?;
+        Ok(file)
+    }
+
     /// What the VM takes of the host, in KiB: of all VMs for tmpfs.
     pub fn resident_kb(&self, vm: &str) -> Result<u64> {
         match self.fs {

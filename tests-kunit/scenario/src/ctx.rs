@@ -167,6 +167,15 @@ impl Ctx {
         })
     }
 
+    /// Waits until the last VM is gone.
+    pub fn until_no_vm(&self) -> Result<()> {
+        let sys = self.sys();
+        self.until("no VM", 5.0, || {
+            let left = sys.vms()?;
+            Ok((left.is_empty(), format!("{left:?}")))
+        })
+    }
+
     /// Lets the scanner make `count` whole passes from now on.
     pub fn passes(&self, count: u64) -> Result<()> {
         // The pass that is under way has seen part of the memory as it was before.

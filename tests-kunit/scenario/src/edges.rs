@@ -272,11 +272,7 @@ fn detach(ctx: &Ctx) -> Result<()> {
     guest.holds(4, 16, 1)?;
     drop(guest);
     if ctx.is_thinram() {
-        let sys = ctx.sys();
-        ctx.until("no VM", 5.0, || {
-            let left = sys.vms()?;
-            Ok((left.is_empty(), format!("{left:?}")))
-        })?;
+        ctx.until_no_vm()?;
     }
     // What stands there now is an empty directory: a new mount takes its place.
     ctx.mount("m", "size=16M").map(drop)

@@ -13,9 +13,10 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 use crate::check::{bytes_are, eq, fails_any, page_is, skip, that, within, Code};
-use crate::content::{self, page_bytes, pages_bytes};
+use crate::content::{self, page_bytes};
 use crate::ctx::{tool, Ctx};
 use crate::harness::Case;
+use crate::mapping::Debuggee;
 use crate::sharing::{merged_twins, twins, SOON};
 use crate::sys::{self, Map, PAGE, RW, WORDS};
 
@@ -359,25 +360,15 @@ fn gdb(ctx: &Ctx) -> Result<()> {
     let gdb = tool("gdb")?;
     let mount = ctx.mount("m", "size=16M")?;
     let file = mount.file("web", "ram", 4)?;
-    file.write_all_at(&pages_bytes(1, 2), 0)?;
-    let shared = Map::anonymous(PAGE)?;
-    let mut child = sys::fork(|| {
-        let map = Map::shared(&file, 0, 4 * PAGE, RW)?;
-        shared.set(0, 1, map.addr() as u64);
-        while shared.get(0, 0) == 0 {
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
+    let debuggee = Debuggee::start(ctx, &file, |map| {
         eq("the word that gdb set", map.get(2, 5), 0x1234_5678)
     })?;
-    ctx.until("the child's address", 10.0, || {
-        Ok((shared.get(0, 1) != 0, "0".into()))
-    })?;
-    let addr = shared.get(0, 1);
+    let addr = debuggee.addr as u64;
     let untouched = addr + 3 * PAGE as u64;
     let written = addr + 2 * PAGE as u64 + 40;
     let copy = ctx.dir.join("gdb-copy");
     let out = Command::new(gdb)
-        .args(["-nx", "-batch", "-p", &child.pid().to_string()])
+        .args(["-nx", "-batch", "-p", &debuggee.child.pid().to_string()])
         .args(["-ex", &format!("output *(unsigned long *){addr:#x}")])
         .args([
             "-ex",
@@ -404,8 +395,7 @@ fn gdb(ctx: &Ctx) -> Result<()> {
     )?;
     let dumped = fs::read(&copy).with_context(|| format!("gdb's dump: {said} {errors}"))?;
     bytes_are("the page that gdb dumped", &dumped, &page_bytes(1))?;
-    shared.set(0, 0, 1);
-    child.expect_ok(ctx.limit(10.0))?;
+    debuggee.end(ctx)?;
     let mut seen = [0; 8];
     file.read_exact_at(&mut seen, 2 * PAGE as u64 + 40)?;
     eq(

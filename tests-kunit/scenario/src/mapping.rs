@@ -658,25 +658,58 @@ fn process_vm(ctx: &Ctx) -> Result<()> {
     eq("the same by the mapping", guest.map.get(3, 1), word)
 }
 
+/// A process for a debugger: it maps four pages, the first two written, and waits.
+pub struct Debuggee {
+    /// The process.
+    pub child: sys::Child,
+    /// Where it has the mapping.
+    pub addr: usize,
+    shared: Map,
+}
+
+impl Debuggee {
+    /// Starts it; `check` runs in it at the end.
+    pub fn start(
+        ctx: &Ctx,
+        file: &File,
+        check: impl FnOnce(&Map) -> Result<()>,
+    ) -> Result<Debuggee> {
+        file.write_all_at(&pages_bytes(1, 2), 0)?;
+        let shared = Map::anonymous(PAGE)?;
+        let child = sys::fork(|| {
+            let map = Map::shared(file, 0, 4 * PAGE, RW)?;
+            shared.set(0, 1, map.addr() as u64);
+            while shared.get(0, 0) == 0 {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            check(&map)
+        })?;
+        ctx.until("the child's address", 10.0, || {
+            Ok((shared.get(0, 1) != 0, "0".into()))
+        })?;
+        let addr = usize::try_from(shared.get(0, 1))?;
+        Ok(Debuggee {
+            child,
+            addr,
+            shared,
+        })
+    }
+
+    /// Lets it check its memory and end.
+    pub fn end(mut self, ctx: &Ctx) -> Result<()> {
+        self.shared.set(0, 0, 1);
+        self.child.expect_ok(ctx.limit(10.0))
+    }
+}
+
 fn debugger(ctx: &Ctx) -> Result<()> {
     let mount = ctx.mount("m", "size=16M")?;
     let file = mount.file("web", "ram", 4)?;
-    file.write_all_at(&pages_bytes(1, 2), 0)?;
-    let shared = Map::anonymous(PAGE)?;
-    let mut child = sys::fork(|| {
-        let map = Map::shared(&file, 0, 4 * PAGE, RW)?;
-        shared.set(0, 1, map.addr() as u64);
-        while shared.get(0, 0) == 0 {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
+    let debuggee = Debuggee::start(ctx, &file, |map| {
         eq("the poked word", map.get(2, 5), 0x1234_5678)?;
         eq("the word by /proc/PID/mem", map.get(1, 6), 0xabcd)
     })?;
-    ctx.until("the child's address", 10.0, || {
-        Ok((shared.get(0, 1) != 0, "0".into()))
-    })?;
-    let addr = usize::try_from(shared.get(0, 1))?;
-    let pid = child.pid();
+    let (addr, pid) = (debuggee.addr, debuggee.child.pid());
     let at = |page: usize, word: usize| (addr + page * PAGE + word * 8) as ptrace::AddressType;
     ptrace::attach(pid)?;
     match waitpid(pid, None)? {
@@ -703,8 +736,7 @@ fn debugger(ctx: &Ctx) -> Result<()> {
     bytes_are("page by /proc/PID/mem", &seen, &page_bytes(1))?;
     memory.write_all_at(&0xabcd_u64.to_ne_bytes(), (addr + PAGE + 48) as u64)?;
     ptrace::detach(pid, None)?;
-    shared.set(0, 0, 1);
-    child.expect_ok(ctx.limit(10.0))?;
+    debuggee.end(ctx)?;
     file.read_exact_at(&mut seen[..8], 2 * PAGE as u64 + 40)?;
     bytes_are(
         "the poked word in the file",

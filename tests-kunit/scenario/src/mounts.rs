@@ -251,11 +251,7 @@ fn busy(ctx: &Ctx) -> Result<()> {
     drop(map);
     mount.unmount().context("umount when nothing uses it")?;
     if ctx.is_thinram() {
-        let sys = ctx.sys();
-        ctx.until("no VM", 5.0, || {
-            let left = sys.vms()?;
-            Ok((left.is_empty(), format!("{left:?}")))
-        })?;
+        ctx.until_no_vm()?;
     }
     Ok(())
 }

@@ -3,11 +3,9 @@
 //! `estimate`, on files that stand for guests' memory.
 
 use crate::tree::Tree;
-use assert_cmd::Command;
 use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::Path;
 
 const PAGE: usize = 4096;
 
@@ -18,22 +16,6 @@ fn memory(contents: &[u32]) -> Vec<u8> {
         bytes.extend(content.to_le_bytes().repeat(PAGE / 4));
     }
     bytes
-}
-
-fn estimate(root: &Path, args: &[&str]) -> (Option<i32>, String, String) {
-    let output = Command::new(env!("CARGO_BIN_EXE_thinramctl"))
-        .env_remove("COLUMNS")
-        .arg("--root")
-        .arg(root)
-        .args(args)
-        .output()
-        .unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (
-        output.status.code(),
-        text(output.stdout),
-        text(output.stderr),
-    )
 }
 
 /// web1's file has lost its name and is only mapped, the database's is only on the mount, and web2's
@@ -88,12 +70,12 @@ fn tree() -> Tree {
 #[test]
 fn by_vm_and_by_pair() {
     let tree = tree();
-    let (_, shown, _) = estimate(tree.root(), &["status"]);
+    let (_, shown, _) = tree.ctl(&["status"]);
     assert!(
         shown.contains("thinramctl estimate says what that would save"),
         "{shown}"
     );
-    let (code, out, complaint) = estimate(tree.root(), &["estimate", "--json"]);
+    let (code, out, complaint) = tree.ctl(&["estimate", "--json"]);
     assert_eq!((code, complaint.as_str()), (Some(0), ""));
     let result: Value = serde_json::from_str(&out).unwrap();
     let vm = |nth: usize, key: &str| result["vms"][nth][key].as_u64().unwrap() / 4;
@@ -111,19 +93,19 @@ fn by_vm_and_by_pair() {
     // 12 pages; 3 are zero, and 9 others have the contents 1, 2, 3, 4 and 9.
     assert_eq!(result["all_kb"], (3 + 9 - 5) * 4);
 
-    let (_, shown, _) = estimate(tree.root(), &["estimate"]);
+    let (_, shown, _) = tree.ctl(&["estimate"]);
     assert!(
         shown.contains("in common") && shown.contains("would save 28 KiB"),
         "{shown}"
     );
-    let (_, shown, _) = estimate(tree.root(), &["status"]);
+    let (_, shown, _) = tree.ctl(&["status"]);
     let said = "One domain with all others would save 4 KiB in a-database-with-a-long-name";
     assert!(shown.replace("\n  ", " ").contains(said), "{shown}");
 
-    let (code, out, _) = estimate(tree.root(), &["estimate", "web1", "--json"]);
+    let (code, out, _) = tree.ctl(&["estimate", "web1", "--json"]);
     let one: Value = serde_json::from_str(&out).unwrap();
     assert_eq!((code, one["vms"].as_array().unwrap().len()), (Some(0), 1));
-    let (code, out, _) = estimate(tree.root(), &["estimate", "--sample", "50%", "--json"]);
+    let (code, out, _) = tree.ctl(&["estimate", "--sample", "50%", "--json"]);
     let half: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(
         (code, half["sample_percent"].as_f64()),
@@ -136,7 +118,7 @@ fn what_cannot_be_read_is_said() {
     let tree = tree();
     tree.vm("ghost", "", [4, 4, 0, 0, 0]);
     tree.write("vms/ghost/owner_pid", "99\n");
-    let (code, _, complaint) = estimate(tree.root(), &["estimate"]);
+    let (code, _, complaint) = tree.ctl(&["estimate"]);
     assert_eq!(code, Some(0));
     assert!(
         complaint.contains("no memory of ghost was found"),
@@ -146,20 +128,20 @@ fn what_cannot_be_read_is_said() {
         &["estimate", "--sample", "0"][..],
         &["estimate", "--sample", "101%"],
     ] {
-        assert_eq!(estimate(tree.root(), args).0, Some(2));
+        assert_eq!(tree.ctl(args).0, Some(2));
     }
-    let (code, _, complaint) = estimate(tree.root(), &["estimate", "wbe1"]);
+    let (code, _, complaint) = tree.ctl(&["estimate", "wbe1"]);
     assert!(
         code == Some(1) && complaint.contains("do you mean web1"),
         "{complaint}"
     );
     fs::remove_file(tree.root().join("proc/self/mountinfo")).unwrap();
-    let (code, _, complaint) = estimate(tree.root(), &["estimate"]);
+    let (code, _, complaint) = tree.ctl(&["estimate"]);
     assert!(
         code == Some(1) && complaint.contains("cannot read"),
         "{complaint}"
     );
-    let (code, _, complaint) = estimate(Tree::bare().root(), &["estimate"]);
+    let (code, _, complaint) = Tree::bare().ctl(&["estimate"]);
     assert!(
         code == Some(1) && complaint.contains("is the module loaded?"),
         "{complaint}"

@@ -2,6 +2,7 @@
 
 //! A fake `/sys/fs/thinram` in a temporary directory.
 
+use assert_cmd::Command;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -137,5 +138,22 @@ impl Tree {
         );
         fs::write(dir.join("stat"), stat).unwrap();
         fs::rename(dir, self.dir().join("vms").join(name.as_ref())).unwrap();
+    }
+
+    /// Runs thinramctl on it: exit code, output, complaints.
+    pub fn ctl(&self, args: &[&str]) -> (Option<i32>, String, String) {
+        let output = Command::new(env!("CARGO_BIN_EXE_thinramctl"))
+            .env_remove("COLUMNS")
+            .arg("--root")
+            .arg(self.root())
+            .args(args)
+            .output()
+            .unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (
+            output.status.code(),
+            text(output.stdout),
+            text(output.stderr),
+        )
     }
 }

@@ -3,13 +3,12 @@
 //! A fake host with QEMUs that a test plays, and the daemon on it.
 
 use crate::tree::Tree;
-use assert_cmd::Command;
 use serde_json::{json, Value};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Command};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -139,19 +138,7 @@ impl World {
     }
 
     pub fn ctl(&self, args: &[&str]) -> (Option<i32>, String, String) {
-        let output = Command::new(env!("CARGO_BIN_EXE_thinramctl"))
-            .env_remove("COLUMNS")
-            .arg("--root")
-            .arg(self.tree.root())
-            .args(args)
-            .output()
-            .unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (
-            output.status.code(),
-            text(output.stdout),
-            text(output.stderr),
-        )
+        self.tree.ctl(args)
     }
 
     pub fn guests_json(&self) -> Value {
@@ -161,7 +148,7 @@ impl World {
 
     pub fn daemon(&self, more: &[&str], notify: Option<&Path>) -> Daemon {
         let log = tempfile::NamedTempFile::new().unwrap();
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_thinramctl"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_thinramctl"));
         command
             .arg("--root")
             .arg(self.tree.root())
