@@ -235,11 +235,11 @@ pub(crate) fn zero_bytes(backing: &Backing, page: u64, from: u64, to: u64) -> Re
     ) {
         return Ok(());
     }
-    if readable(backing, page).is_err() {
+    let frame = match writable(backing, page) {
         // Broken memory: whoever reads it gets an error, whatever it holds.
-        return Ok(());
-    }
-    let frame = writable(backing, page)?;
+        Err(error) if error == EIO => return Ok(()),
+        frame => frame?,
+    };
     frame
         .as_ref()
         .zero_range(usize::try_from(from)?, usize::try_from(to)?);
