@@ -340,11 +340,7 @@ impl Host {
 
     /// What the scanner is told to do.
     pub(crate) fn run_mode(&self) -> RunMode {
-        match self.run.load(Ordering::Relaxed) {
-            0 => RunMode::Stop,
-            2 => RunMode::Unshare,
-            _ => RunMode::Run,
-        }
+        RunMode::from_index(self.run.load(Ordering::Relaxed).into()).unwrap_or_default()
     }
 
     /// `run`: 2 breaks all shares before it returns; killed meanwhile, the old value stays.

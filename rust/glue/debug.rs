@@ -93,8 +93,8 @@ fn force(forced: &ForcedState, reader: &mut kernel::uaccess::UserSliceReader) ->
     let len = reader.len();
     let word = bytes.get_mut(..len).ok_or(EINVAL)?;
     reader.read_slice(word)?;
-    let state = match tunables::parse_word(word, &HostState::WORDS) {
-        Ok(index) => HostState::from_index(index),
+    let state = match HostState::parse(word) {
+        Ok(state) => Some(state),
         Err(_) if tunables::without_newline(word) == b"none" => None,
         Err(_) => return Err(EINVAL),
     };

@@ -8,6 +8,9 @@
 // Each side uses its own part of this.
 #![allow(dead_code)]
 
+#[macro_use]
+mod words;
+
 pub mod catalog;
 pub mod counts;
 pub mod funding;

@@ -7,25 +7,27 @@
 //! entered at once. It is left upwards only when a tenth more than its threshold was available for
 //! two seconds on end, so that a host on the brink does not flap.
 
-/// How short of memory the host is. Later means shorter.
-#[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
-#[repr(u8)]
-pub enum HostState {
-    /// Plenty: nothing is split, compressed or swapped for the host's sake.
-    #[default]
-    High,
-    /// Below 4 minfree.
-    Clear,
-    /// Below minfree: balloons are asked for.
-    Soft,
-    /// Below 64 % of minfree: compress and swap.
-    Hard,
-    /// Below 32 % of minfree: allocations wait.
-    Low,
+words! {
+    /// How short of memory the host is, the best first: later means shorter.
+    #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
+    #[repr(u8)]
+    pub enum HostState {
+        /// Plenty: nothing is split, compressed or swapped for the host's sake.
+        #[default]
+        High = "high",
+        /// Below 4 minfree.
+        Clear = "clear",
+        /// Below minfree: balloons are asked for.
+        Soft = "soft",
+        /// Below 64 % of minfree: compress and swap.
+        Hard = "hard",
+        /// Below 32 % of minfree: allocations wait.
+        Low = "low",
+    }
 }
 
 /// Number of states.
-pub const STATES: usize = 5;
+pub const STATES: usize = HostState::ALL.len();
 
 /// A state is left upwards at its threshold times this, in percent.
 const LEAVE_PERCENT: u64 = 110;
@@ -33,38 +35,6 @@ const LEAVE_PERCENT: u64 = 110;
 pub const HOLD_US: u64 = 2_000_000;
 
 impl HostState {
-    /// All states, the best first.
-    pub const ALL: [HostState; STATES] = [
-        HostState::High,
-        HostState::Clear,
-        HostState::Soft,
-        HostState::Hard,
-        HostState::Low,
-    ];
-    /// Their words, in the same order.
-    pub const WORDS: [&'static str; STATES] = ["high", "clear", "soft", "hard", "low"];
-
-    /// The state of an index into [`HostState::ALL`].
-    pub fn from_index(index: usize) -> Option<Self> {
-        Self::ALL.get(index).copied()
-    }
-
-    /// Its index in [`HostState::ALL`].
-    pub const fn index(self) -> usize {
-        self as usize
-    }
-
-    /// Its word.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            HostState::High => "high",
-            HostState::Clear => "clear",
-            HostState::Soft => "soft",
-            HostState::Hard => "hard",
-            HostState::Low => "low",
-        }
-    }
-
     /// Available KiB below which the state is entered; `None` for High, which nothing enters.
     pub fn enter_kb(self, minfree_kb: u64) -> Option<u64> {
         let percent = match self {

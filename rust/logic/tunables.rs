@@ -95,94 +95,29 @@ pub fn parse_size(bytes: &[u8]) -> Result<u64, BadValue> {
         .ok_or(BadValue::Range)
 }
 
-/// Within which border pages are shared.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum ShareScope {
-    /// A VM shares with itself only.
-    Vm,
-    /// The VMs of a domain share with each other.
-    #[default]
-    Domain,
-    /// All VMs of the host share with each other.
-    Host,
-}
-
-impl ShareScope {
-    /// The words, in the order of [`ShareScope::ALL`].
-    pub const WORDS: [&'static str; 3] = ["vm", "domain", "host"];
-    /// All scopes, the narrowest first.
-    pub const ALL: [ShareScope; 3] = [ShareScope::Vm, ShareScope::Domain, ShareScope::Host];
-
-    /// The scope of an index into [`ShareScope::ALL`].
-    pub fn from_index(index: usize) -> Option<Self> {
-        Self::ALL.get(index).copied()
-    }
-
-    /// Its index in [`ShareScope::ALL`].
-    pub const fn index(self) -> usize {
-        self as usize
-    }
-
-    /// What was written to sysfs.
-    ///
-    /// # Errors
-    ///
-    /// `Invalid` when it is no scope's word.
-    pub fn parse(bytes: &[u8]) -> Result<Self, BadValue> {
-        parse_word(bytes, &Self::WORDS).and_then(|i| Self::from_index(i).ok_or(BadValue::Invalid))
-    }
-
-    /// Its word.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            ShareScope::Vm => "vm",
-            ShareScope::Domain => "domain",
-            ShareScope::Host => "host",
-        }
+words! {
+    /// Within which border pages are shared, the narrowest first.
+    #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+    pub enum ShareScope {
+        /// A VM shares with itself only.
+        Vm = "vm",
+        /// The VMs of a domain share with each other.
+        #[default]
+        Domain = "domain",
+        /// All VMs of the host share with each other.
+        Host = "host",
     }
 }
 
-/// When empty regions become 2 MiB pages.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum LargePages {
-    /// Never; those that are there stay.
-    #[default]
-    Never,
-    /// Where a whole region is empty and the mapping fits.
-    Always,
-}
-
-impl LargePages {
-    /// The words, in the order of [`LargePages::ALL`].
-    pub const WORDS: [&'static str; 2] = ["never", "always"];
-    /// Both.
-    pub const ALL: [LargePages; 2] = [LargePages::Never, LargePages::Always];
-
-    /// The one of an index into [`LargePages::ALL`].
-    pub fn from_index(index: usize) -> Option<Self> {
-        Self::ALL.get(index).copied()
-    }
-
-    /// Its index in [`LargePages::ALL`].
-    pub const fn index(self) -> usize {
-        self as usize
-    }
-
-    /// What was written to sysfs.
-    ///
-    /// # Errors
-    ///
-    /// `Invalid` when it is neither word.
-    pub fn parse(bytes: &[u8]) -> Result<Self, BadValue> {
-        parse_word(bytes, &Self::WORDS).and_then(|i| Self::from_index(i).ok_or(BadValue::Invalid))
-    }
-
-    /// Its word.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            LargePages::Never => "never",
-            LargePages::Always => "always",
-        }
+words! {
+    /// When empty regions become 2 MiB pages.
+    #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+    pub enum LargePages {
+        /// Never; those that are there stay.
+        #[default]
+        Never = "never",
+        /// Where a whole region is empty and the mapping fits.
+        Always = "always",
     }
 }
 
@@ -220,15 +155,6 @@ impl RunMode {
     pub fn parse(bytes: &[u8]) -> Result<Self, BadValue> {
         let index = parse_u64(bytes, 0, 2)? as usize;
         Self::from_index(index).ok_or(BadValue::Range)
-    }
-
-    /// Its number as text.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            RunMode::Stop => "0",
-            RunMode::Run => "1",
-            RunMode::Unshare => "2",
-        }
     }
 }
 
@@ -352,7 +278,10 @@ mod tests {
     #[test]
     fn run_modes() {
         for mode in RunMode::ALL {
-            assert_eq!(RunMode::parse(mode.as_str().as_bytes()), Ok(mode));
+            assert_eq!(
+                RunMode::parse(mode.index().to_string().as_bytes()),
+                Ok(mode)
+            );
             assert_eq!(RunMode::from_index(mode.index()), Some(mode));
         }
         assert_eq!(RunMode::parse(b"3\n"), Err(BadValue::Range));
