@@ -190,15 +190,23 @@ impl Fault {
     /// [`Fault::may_wait`] said so.
     pub(crate) fn retry_after(self, f: impl FnOnce()) -> Answer {
         if self.may_wait() {
-            // SAFETY: As in `wait_for_memory`.
-            unsafe {
-                let file = bindings::thinram_vmf_file(self.0.as_ptr());
-                bindings::thinram_release_fault_lock(self.0.as_ptr());
-                f();
-                bindings::thinram_file_put(file);
-            }
+            self.unlocked(f);
         }
         Answer::Retry
+    }
+
+    /// Runs `f` with the fault lock dropped, which is how the fault ends: only where it may be
+    /// retried, and not at once.
+    fn unlocked(self, f: impl FnOnce()) {
+        // SAFETY: The lock is held by the type's invariant; `self` ends here. The file keeps the
+        // mount, and so this module, until the task has left it: the last fput is done on the way
+        // back to user space.
+        unsafe {
+            let file = bindings::thinram_vmf_file(self.0.as_ptr());
+            bindings::thinram_release_fault_lock(self.0.as_ptr());
+            f();
+            bindings::thinram_file_put(file);
+        }
     }
 
     /// Waits a moment for memory, with the fault lock dropped where that is allowed.
@@ -211,15 +219,7 @@ impl Fault {
             return Answer::Done;
         }
         if self.flags() & no_wait == 0 {
-            // SAFETY: The lock is held by the type's invariant; `self` ends here. The file keeps
-            // the mount, and so this module, until the task has left it: the last fput is done on
-            // the way back to user space.
-            unsafe {
-                let file = bindings::thinram_vmf_file(self.0.as_ptr());
-                bindings::thinram_release_fault_lock(self.0.as_ptr());
-                super::task::sleep_killable(WAIT_US);
-                bindings::thinram_file_put(file);
-            }
+            self.unlocked(|| super::task::sleep_killable(WAIT_US));
         }
         Answer::Retry
     }
