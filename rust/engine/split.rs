@@ -16,6 +16,7 @@
 //! Lock order: policy > region > index. The reserve is filled with no lock held.
 
 use super::{
+    count,
     host::Host,
     merge,
     region::{Region, RegionGuard},
@@ -61,10 +62,6 @@ pub(crate) struct SplitEvents {
     pub(crate) reserve: AtomicU64,
     /// Some folio may have too many holes.
     holes: AtomicBool,
-}
-
-fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 /// The thread's work.
@@ -183,6 +180,15 @@ impl Host {
         u64::from(gain.holes).saturating_mul(100) > percent.saturating_mul(SLOTS as u64)
     }
 
+    /// `split_holes_percent`: folios that have too many holes now are split.
+    pub(crate) fn set_split_holes_percent(&self, percent: u64) {
+        self.knobs
+            .split_holes_percent
+            .store(percent, Ordering::Relaxed);
+        self.splits.holes.store(true, Ordering::Relaxed);
+        self.splitter_bell.ring();
+    }
+
     /// Tells the splitter when a hole in `region` was one too many.
     pub(crate) fn hole_punched(&self, region: &Region) {
         if region.looks_huge() && self.has_too_many_holes(gain_of(region)) {
@@ -235,11 +241,16 @@ enum Part {
 
 /// Splits the region's folio. What a part was known as stays noted of its page. False, with
 /// everything as it was, when that is not possible; each reason is counted.
-fn split(host: &Host, guard: &mut RegionGuard<'_>, supply: &mut Supply<'_>) -> bool {
+fn split(
+    host: &Host,
+    guard: &mut RegionGuard<'_>,
+    parts: &mut SlotsOf<Part>,
+    supply: &mut Supply<'_>,
+) -> bool {
     let start = clock::now_us();
-    let Some(mut parts) = parts_of(host, guard, supply) else {
+    if !copy_parts(host, guard, parts, supply) {
         return false;
-    };
+    }
     let folio = guard.leave_huge();
     let mut gained = 0u64;
     for index in 0..SLOTS {
@@ -266,22 +277,25 @@ fn split(host: &Host, guard: &mut RegionGuard<'_>, supply: &mut Supply<'_>) -> b
     true
 }
 
-/// Copies of all parts that hold data, made while nobody can reach the folio.
-fn parts_of(
+/// Copies all parts that hold data while nobody can reach the folio. False, with the folio as it
+/// was, when that is not possible.
+fn copy_parts(
     host: &Host,
     guard: &RegionGuard<'_>,
+    parts: &mut SlotsOf<Part>,
     supply: &mut Supply<'_>,
-) -> Option<SlotsOf<Part>> {
-    let mut parts = SlotsOf::new().ok()?;
-    let folio = guard.huge()?;
+) -> bool {
+    let Some(folio) = guard.huge() else {
+        return false;
+    };
     if folio.is_poisoned() {
         count(&host.splits.poisoned);
-        return None;
+        return false;
     }
     guard.zap_range(0, SLOTS);
     let Some(frozen) = folio.freeze() else {
         count(&host.splits.pinned);
-        return None;
+        return false;
     };
     for index in 0..SLOTS {
         let Some(word) = HugeWord::from_slot(guard.slot(index)) else {
@@ -301,17 +315,17 @@ fn parts_of(
                 Some(Ok(frame)) => Part::Copy(frame),
                 Some(Err(_)) => {
                     count(&host.splits.poisoned);
-                    return None;
+                    return false;
                 }
                 None => {
                     count(&host.splits.no_memory);
-                    return None;
+                    return false;
                 }
             }
         };
         parts.put(index, part);
     }
-    Some(parts)
+    true
 }
 
 /// Splits a folio and merges the pages of which it knows others. True when it was split.
@@ -322,6 +336,10 @@ fn split_and_merge(host: &Host, region: &Region, supply: &mut Supply<'_>) -> boo
     let vm = region.vm();
     let merges = host.run_mode() == RunMode::Run && vm.shares() && !policy.zero_only;
     let mut known = [0u64; SLOTS / 64];
+    let Ok(mut parts) = SlotsOf::new() else {
+        count(&host.splits.no_memory);
+        return false;
+    };
     {
         let mut guard = region.lock();
         if guard.is_retired() || guard.huge().is_none() {
@@ -334,7 +352,7 @@ fn split_and_merge(host: &Host, region: &Region, supply: &mut Supply<'_>) -> boo
                 *set |= u64::from(wanted) << (index % 64);
             }
         }
-        if !split(host, &mut guard, supply) {
+        if !split(host, &mut guard, &mut parts, supply) {
             return false;
         }
     }

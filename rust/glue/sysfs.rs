@@ -97,8 +97,7 @@ files! {
     HOST_ATTRIBUTES, HOST_FILES: HostFiles;
     "run": |h, page| line(page, h.0.run_mode().index()),
         |h, bytes| {
-            let mode = tunables::parse_u64(bytes, 0, 2).map_err(refused)?;
-            h.0.set_run_mode(RunMode::from_index(mode as usize).ok_or(EINVAL)?)
+            h.0.set_run_mode(RunMode::parse(bytes).map_err(refused)?)
         };
     "scan_pages_per_sec": |h, page| line(page, load(&h.0.knobs.scan_pages_per_sec)),
         number!("scan_pages_per_sec", scan_pages_per_sec);
@@ -111,7 +110,10 @@ files! {
     "max_page_sharing": |h, page| line(page, load(&h.0.knobs.max_page_sharing)),
         number!("max_page_sharing", max_page_sharing);
     "split_holes_percent": |h, page| line(page, load(&h.0.knobs.split_holes_percent)),
-        number!("split_holes_percent", split_holes_percent);
+        |h, bytes| {
+            h.0.set_split_holes_percent(knob("split_holes_percent", bytes)?);
+            Ok(())
+        };
     "share_scope": |h, page| line(page, h.0.policy().share_scope.as_str()),
         |h, bytes| {
             let scope = ShareScope::parse(bytes).map_err(refused)?;
@@ -147,11 +149,7 @@ files! {
             Ok(())
         };
     "idle_tax_percent": |h, page| line(page, load(&h.0.knobs.idle_tax_percent)),
-        |h, bytes| {
-            let value = knob("idle_tax_percent", bytes)?;
-            h.0.knobs.idle_tax_percent.store(value, Ordering::Relaxed);
-            Ok(())
-        };
+        number!("idle_tax_percent", idle_tax_percent, reclaimer_bell);
     "active_sample_pages": |h, page| line(page, load(&h.0.knobs.active_sample_pages)),
         number!("active_sample_pages", active_sample_pages, reclaimer_bell);
     "active_sample_period_secs": |h, page| {
