@@ -6,6 +6,7 @@
 //! leaf.
 
 use super::{
+    count,
     host::Host,
     region::{Region, RegionGuard},
     vm::Vm,
@@ -75,8 +76,8 @@ impl Backing {
 
     /// A write gave a shared or zero page a frame of its own.
     pub(crate) fn count_break(&self) {
-        self.vm.events.cow_breaks.fetch_add(1, Ordering::Relaxed);
-        self.host.events.cow_breaks.fetch_add(1, Ordering::Relaxed);
+        count(&self.vm.events.cow_breaks);
+        count(&self.host.events.cow_breaks);
     }
 
     /// Size in pages.

@@ -9,7 +9,10 @@
 
 use super::{host::Host, vm::Vm};
 use crate::{
-    logic::{counts::pages_to_kb, state::HostState},
+    logic::{
+        counts::{pages_to_kb, Class},
+        state::HostState,
+    },
     sys::memory,
 };
 use core::sync::atomic::Ordering;
@@ -27,7 +30,7 @@ fn needed_kb(vm: &Vm, percent: u64) -> (u64, u64) {
     if excess == 0 {
         return (0, 0);
     }
-    let compressed_pages = pages.compressed_kb() / 4;
+    let compressed_pages = pages.get(Class::Compressed);
     let back = (compressed_pages.saturating_mul(excess)).div_ceil(pool);
     (pages_to_kb(back), pages_to_kb(back.saturating_sub(excess)))
 }

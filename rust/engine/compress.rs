@@ -8,7 +8,7 @@
 //!
 //! Lock order: region > the locks of zsmalloc.
 
-use super::{host::Host, region::RegionGuard};
+use super::{count, host::Host, region::RegionGuard};
 use crate::{
     logic::tunables::RunMode,
     sys::{
@@ -33,10 +33,6 @@ pub(crate) struct Refusals {
     pub(crate) no_memory: AtomicU64,
     /// The memory behind the page is broken.
     pub(crate) poisoned: AtomicU64,
-}
-
-fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 /// What became of an attempt.

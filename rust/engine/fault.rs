@@ -16,7 +16,7 @@
 //!
 //! [^1]: read-only if the scanner write-protected it, so that the write is noticed.
 
-use super::{backing::Backing, compress, region::RegionGuard, stall};
+use super::{backing::Backing, compress, count, region::RegionGuard, stall};
 use crate::{
     logic::slot::{Slot, State, BACKOFF_MAX},
     sys::{
@@ -183,11 +183,7 @@ fn answer(backing: &Backing, mut fault: Fault, make_writable: bool) -> Answer {
 }
 
 fn wait(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
-    backing
-        .host()
-        .events
-        .waits_for_memory
-        .fetch_add(1, Ordering::Relaxed);
+    count(&backing.host().events.waits_for_memory);
     if make_writable {
         return Answer::Done;
     }
@@ -228,12 +224,8 @@ fn look(
                 return Step::Answered(Answer::Done);
             }
             if write && guard.is_protected(index) {
-                backing
-                    .vm()
-                    .events
-                    .protect_faults
-                    .fetch_add(1, Ordering::Relaxed);
-                host.events.protect_faults.fetch_add(1, Ordering::Relaxed);
+                count(&backing.vm().events.protect_faults);
+                count(&host.events.protect_faults);
             }
             let writable = write || !guard.is_protected(index);
             if writable {

@@ -14,7 +14,7 @@
 //! Mappings that do not cover a region as a whole, or lie across it, show its parts by faults of
 //! 4 KiB, in `fault`. The first fault on an empty region decides what it is.
 
-use super::{backing::Backing, host::Host, vm::Vm};
+use super::{backing::Backing, count, host::Host, vm::Vm};
 use crate::{
     logic::{state::HostState, tunables::LargePages},
     sys::{
@@ -23,7 +23,6 @@ use crate::{
         slots::SLOTS,
     },
 };
-use core::sync::atomic::Ordering;
 use kernel::prelude::*;
 
 /// KiB of a folio.
@@ -39,9 +38,7 @@ impl Host {
     }
 
     fn no_folio(&self) {
-        self.events
-            .large_pages_refused_no_memory
-            .fetch_add(1, Ordering::Relaxed);
+        count(&self.events.large_pages_refused_no_memory);
     }
 
     /// The folio of zeroes that reads of empty regions show; made when the first one asks.
@@ -95,7 +92,7 @@ pub(crate) fn serve(backing: &Backing, fault: Fault) -> Answer {
         };
         guard.become_huge(spare);
     }
-    backing.vm().events.faults.fetch_add(1, Ordering::Relaxed);
+    count(&backing.vm().events.faults);
     backing.vm().sample.count_touched(guard.touch_all());
     guard.revive_all();
     match guard.huge() {
@@ -117,7 +114,7 @@ fn show_zeroes(
     let Some(zeroes) = backing.host().zero_folio() else {
         return Answer::Fallback;
     };
-    backing.vm().events.faults.fetch_add(1, Ordering::Relaxed);
+    count(&backing.vm().events.faults);
     guard.note_all_zero_mapped();
     fault.map_huge(zeroes, false)
 }

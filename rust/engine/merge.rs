@@ -9,6 +9,7 @@
 //! Lock order: region > (second region by try_lock) > index.
 
 use super::{
+    count,
     host::Host,
     region::RegionGuard,
     shared::{Candidate, Key, CANDIDATES},
@@ -20,7 +21,7 @@ use crate::{
         slots::Content,
     },
 };
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::AtomicU64;
 
 /// Why a merge was refused, each with its own counter.
 #[derive(Default)]
@@ -41,10 +42,6 @@ pub(crate) struct Refusals {
     pub(crate) no_hint: AtomicU64,
     /// The memory behind the page is broken.
     pub(crate) poisoned: AtomicU64,
-}
-
-fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Rules of the moment.

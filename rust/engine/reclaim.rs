@@ -411,7 +411,12 @@ fn is_stuck(vm: &Vm) -> bool {
 
 /// While the host is low, marks the VMs that hold more than their fair share.
 fn mark_unfair(host: &Host, vms: &[Arc<Vm>]) {
-    let low = host.state() == HostState::Low;
+    if host.state() != HostState::Low {
+        for vm in vms {
+            vm.set_over_share(false);
+        }
+        return;
+    }
     let (mut shares, mut pages) = (0u64, crate::sys::memory::available_kb() / PAGE_KB);
     for vm in vms {
         let holding = vm.holding(host);
@@ -421,7 +426,7 @@ fn mark_unfair(host: &Host, vms: &[Arc<Vm>]) {
     for vm in vms {
         let holding = vm.holding(host);
         let fair = funding::fair_share(holding.shares, shares, pages).max(holding.reserved);
-        vm.set_over_share(low && holding.pages > fair);
+        vm.set_over_share(holding.pages > fair);
     }
 }
 

@@ -8,7 +8,7 @@
 //!
 //! Lock order: region, for one page at a time.
 
-use super::{host::Host, vm::Vm};
+use super::{count, host::Host, vm::Vm};
 use crate::{
     logic::sample::{samples_in, Outcome},
     sys::{clock, hash, slots::SLOTS, task},
@@ -103,11 +103,11 @@ impl Sampler {
         for vm in vms {
             vm.sample.end(vm.snapshot().pages.total());
         }
-        host.events.active_samples.fetch_add(1, Ordering::Relaxed);
+        count(&host.events.active_samples);
         // Who comes meanwhile has no region counted, and is drawn from in the next period.
         for id in 0..host.registry().end() {
             if let Some(region) = host.registry().get(id) {
-                region.vm().sample.regions.fetch_add(1, Ordering::Relaxed);
+                count(&region.vm().sample.regions);
             }
         }
         for id in 0..host.registry().end() {
@@ -124,7 +124,7 @@ impl Sampler {
             guard.watch_nothing();
             for _ in 0..pages {
                 if guard.watch(self.draw()) {
-                    sample.watched.fetch_add(1, Ordering::Relaxed);
+                    count(&sample.watched);
                 }
             }
             drop(guard);

@@ -11,6 +11,7 @@
 //! pin on it, is stable until a write fault, write(2) or punch says otherwise.
 
 use super::{
+    count,
     host::Host,
     merge::{self, Outcome},
     region::{Region, RegionGuard},
@@ -32,7 +33,7 @@ use crate::{
         task::{self, Work},
     },
 };
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::Ordering;
 use kernel::sync::Arc;
 
 /// The thread's work.
@@ -135,7 +136,7 @@ impl Walk {
         while done < pages {
             let room = core::mem::take(&mut self.dirty);
             if room && host.index().maintain(host.registry(), contents).is_err() {
-                host.refusals.no_memory.fetch_add(1, Ordering::Relaxed);
+                count(&host.refusals.no_memory);
             }
             if self.region >= host.registry().end() {
                 self.end_pass(host);
@@ -203,7 +204,7 @@ impl Walk {
         self.restart();
         if self.found {
             host.index().end_pass();
-            host.events.full_scans.fetch_add(1, Ordering::Relaxed);
+            count(&host.events.full_scans);
         }
     }
 
@@ -239,8 +240,8 @@ impl Walk {
             while self.index < end.min(self.window) {
                 let slot = guard.slot(self.index);
                 if needs_look(slot, visit.pass, self.index) {
-                    let is_given_back = slot.state() == State::Shared && is_alone(host, slot);
-                    if !self.has_spare_for(&guard, visit) || is_given_back && !self.has_own(vm) {
+                    let alone = slot.state() == State::Shared && is_alone(host, slot);
+                    if !self.has_spare_for(&guard, visit) || alone && !self.has_own(vm) {
                         break;
                     }
                     if matches!(slot.state(), State::Private | State::Huge) {
@@ -250,7 +251,13 @@ impl Walk {
                     if let Some(next) = guard.page(self.index + 1) {
                         next.prefetch();
                     }
-                    self.look(host, &mut guard, visit, slot);
+                    if slot.state() != State::Shared {
+                        self.look(host, &mut guard, visit, slot);
+                    } else if !alone {
+                        merge::unite(host, &mut guard, self.index, visit.rules);
+                    } else if let Some((_, own)) = self.own.take() {
+                        give_back(host, &mut guard, self.index, own);
+                    }
                 } else if slot.state() == State::Private {
                     skipped += 1;
                 }
@@ -261,7 +268,7 @@ impl Walk {
             }
             drop(guard);
             if region.is_wanted() {
-                host.events.scan_yields.fetch_add(1, Ordering::Relaxed);
+                count(&host.events.scan_yields);
                 give_way(region);
             }
         }
@@ -357,23 +364,15 @@ impl Walk {
         }
     }
 
-    /// Looks at one page that may have changed.
+    /// Looks at one page of the VM's own that may have changed.
     fn look(&mut self, host: &Host, guard: &mut RegionGuard<'_>, visit: &Visit, slot: Slot) {
         let index = self.index;
-        if slot.state() == State::Shared {
-            if !is_alone(host, slot) {
-                merge::unite(host, guard, index, visit.rules);
-            } else if let Some((_, own)) = self.own.take() {
-                give_back(host, guard, index, own);
-            }
-            return;
-        }
         let Some(page) = guard.own_page(index) else {
             return;
         };
         self.dirty = true;
         if page.is_poisoned() {
-            host.refusals.poisoned.fetch_add(1, Ordering::Relaxed);
+            count(&host.refusals.poisoned);
             return;
         }
         // In this order: protected, then nobody holds a pin from before, then the hash.
@@ -479,10 +478,6 @@ fn give_back(host: &Host, guard: &mut RegionGuard<'_>, index: usize, mut own: Fr
 /// Whether a Shared slot is its record's only sharer.
 fn is_alone(host: &Host, slot: Slot) -> bool {
     host.index().sharers(slot.record()) == 1
-}
-
-fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Lets those who wait for the region have it. The mutex hands itself over to who waits longest, so

@@ -7,7 +7,7 @@
 //! signal and is bounded: then the allocation is made all the same, for a guest that got no memory at all
 //! would have to die.
 
-use super::{host::Host, vm::Vm};
+use super::{count, host::Host, vm::Vm};
 use crate::{
     logic::state::HostState,
     sys::{
@@ -51,7 +51,7 @@ impl Host {
         task::stalled_for_memory(|| {
             vm.wait_for_relief(STALL_MAX_US, || !self.must_wait(vm));
         });
-        vm.events.stalls.fetch_add(1, Ordering::Relaxed);
+        count(&vm.events.stalls);
         vm.events
             .stall_us
             .fetch_add(clock::now_us().saturating_sub(start), Ordering::Relaxed);

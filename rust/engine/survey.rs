@@ -8,6 +8,7 @@
 //! Lock order: region > index.
 
 use super::{
+    count,
     host::Host,
     region::RegionGuard,
     shared::{Candidate, Key, CANDIDATES},
@@ -16,7 +17,6 @@ use crate::logic::{
     huge::{HugeWord, PartClass},
     slot::{Class, State},
 };
-use core::sync::atomic::Ordering;
 
 /// Notes what is known of part `index`, whose hash under `key` was just taken.
 pub(crate) fn note(host: &Host, guard: &mut RegionGuard<'_>, index: usize, key: Key, zero: bool) {
@@ -33,7 +33,7 @@ pub(crate) fn note(host: &Host, guard: &mut RegionGuard<'_>, index: usize, key: 
     } else {
         let own = guard.region().page_id(index);
         if !host.index().hint(key.hash, own, host.registry()) {
-            host.refusals.no_hint.fetch_add(1, Ordering::Relaxed);
+            count(&host.refusals.no_hint);
         }
         PartClass::Unique
     };
