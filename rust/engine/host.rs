@@ -338,6 +338,12 @@ impl Host {
             .store(value.index() as u8, Ordering::Relaxed);
     }
 
+    /// Pages that were kept apart may be merged now.
+    pub(crate) fn merge_rules_changed(&self) {
+        self.index().expect_doubles();
+        self.scanner_bell.ring();
+    }
+
     /// What the scanner is told to do.
     pub(crate) fn run_mode(&self) -> RunMode {
         RunMode::from_index(self.run.load(Ordering::Relaxed).into()).unwrap_or_default()

@@ -98,6 +98,7 @@ pub(crate) fn try_merge(
     let mut candidates = [None; CANDIDATES];
     if host.index().find(key, rules.max_sharers, &mut candidates) {
         count(&host.refusals.full);
+        host.index().expect_doubles();
     }
     let own = guard.region().page_id(index);
     let mut not_now = false;
@@ -163,7 +164,7 @@ fn join(host: &Host, guard: &mut RegionGuard<'_>, index: usize, id: u32, rules: 
 }
 
 /// Moves a sharer to an older record of the same content, where there is one: two are left when
-/// scopes grow together, or when `max_page_sharing` was raised.
+/// scopes grow together, or when `max_page_sharing` was reached.
 pub(crate) fn unite(host: &Host, guard: &mut RegionGuard<'_>, index: usize, rules: Rules) {
     let slot = guard.slot(index);
     let scope = guard.region().vm().scope();

@@ -104,6 +104,8 @@ struct Visit {
     zero_hash: u64,
     zero_only: bool,
     rules: merge::Rules,
+    /// There may be two records of one content.
+    unites: bool,
     pass: u64,
 }
 
@@ -168,6 +170,7 @@ impl Walk {
                 zero_hash,
                 zero_only: policy.zero_only,
                 rules: host.rules(),
+                unites: host.index().expects_doubles(),
                 pass: host.events.full_scans.load(Ordering::Relaxed),
             };
             done = done.saturating_add(self.visit(host, &region, &visit, left) as u64);
@@ -254,7 +257,9 @@ impl Walk {
                     if slot.state() != State::Shared {
                         self.look(host, &mut guard, visit, slot);
                     } else if !alone {
-                        merge::unite(host, &mut guard, self.index, visit.rules);
+                        if visit.unites || is_recheck(visit.pass, self.index) {
+                            merge::unite(host, &mut guard, self.index, visit.rules);
+                        }
                     } else if let Some((_, own)) = self.own.take() {
                         give_back(host, &mut guard, self.index, own);
                     }
@@ -443,12 +448,17 @@ const ANY_NODE: i32 = -1;
 /// An unchanged page is hashed again every so many passes.
 const RECHECK: u64 = 64;
 
+/// Whether it is time to look at a slot at which nothing is known to have changed.
+fn is_recheck(pass: u64, index: usize) -> bool {
+    pass.wrapping_add(index as u64) % RECHECK == 0
+}
+
 /// Whether the scanner has anything to do at this slot in this pass.
 #[inline]
 fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
     match slot.state() {
         // Hints are lossy: a page that lost its hint unnoticed is found by its next hash.
-        State::Private if slot.is_stable() => pass.wrapping_add(index as u64) % RECHECK == 0,
+        State::Private if slot.is_stable() => is_recheck(pass, index),
         State::Private => !slot.skipped_in(pass, index as u64),
         // Every 8th pass is soon enough to give a lonely shared frame back, or to unite two.
         State::Shared => pass.wrapping_add(index as u64) % 8 == 0,

@@ -18,6 +18,7 @@ use crate::{
         slots::Sharer,
     },
 };
+use core::sync::atomic::{AtomicU32, Ordering};
 use kernel::{
     new_mutex,
     prelude::*,
@@ -26,6 +27,10 @@ use kernel::{
 
 /// How many entries of one hash are looked at.
 pub(crate) const CANDIDATES: usize = 4;
+
+/// So many passes after something that can leave two records of one content, sharers are moved to the
+/// older one. Each slot is looked at twice by then.
+const UNITING_PASSES: u32 = 16;
 
 /// Free records that the scanner may need before it calls `maintain` again.
 const ROOM: u64 = 64;
@@ -90,6 +95,8 @@ pub(crate) struct IndexFigures {
 pub(crate) struct SharedIndex {
     #[pin]
     inner: Mutex<Inner>,
+    /// Passes for which there may be more than one record of a content.
+    uniting_passes: AtomicU32,
 }
 
 impl SharedIndex {
@@ -97,6 +104,7 @@ impl SharedIndex {
     pub(crate) fn new() -> impl PinInit<SharedIndex> {
         pin_init!(SharedIndex {
             inner <- new_mutex!(Inner::new(), "thinram_index"),
+            uniting_passes: AtomicU32::new(0),
         })
     }
 
@@ -181,6 +189,7 @@ impl SharedIndex {
         let id = sharers.0.record();
         if !inner.catalog.promote(key.hash, page_id, id) {
             // Without an entry the record still works; only newcomers cannot find it.
+            self.expect_doubles();
             if let StableOutcome::Evicted(owner) = inner.catalog.insert_stable(key.hash, id) {
                 drop(inner);
                 forget_owner(registry, owner);
@@ -243,6 +252,20 @@ impl SharedIndex {
     /// The scanner has been over everything once.
     pub(crate) fn end_pass(&self) {
         self.lock().catalog.end_pass();
+        let less = |passes: u32| passes.checked_sub(1);
+        let _ = self
+            .uniting_passes
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    }
+
+    /// There may be two records of one content from here on.
+    pub(crate) fn expect_doubles(&self) {
+        self.uniting_passes.store(UNITING_PASSES, Ordering::Relaxed);
+    }
+
+    /// Whether there may be two records of one content.
+    pub(crate) fn expects_doubles(&self) -> bool {
+        self.uniting_passes.load(Ordering::Relaxed) > 0
     }
 
     /// Makes room: called by the scanner between pages, with no region locked. The catalog grows
@@ -303,6 +326,7 @@ impl SharedIndex {
     /// Publishes every record that `rename` has a new key for under that key; all hints are dropped
     /// because their hashes may be of another seed.
     pub(crate) fn rename_records(&self, mut rename: impl FnMut(u32, &Frame, Label) -> Option<Key>) {
+        self.expect_doubles();
         let mut inner = self.lock();
         inner.catalog.clear_hints();
         let mut next = 0;

@@ -81,10 +81,13 @@ macro_rules! number {
         number!($name, $field, scanner_bell)
     };
     ($name:literal, $field:ident, $bell:ident) => {
+        number!($name, $field => |host: &Host| host.$bell.ring())
+    };
+    ($name:literal, $field:ident => $tell:expr) => {
         |host: &HostFiles, bytes: &[u8]| {
             let value = knob($name, bytes)?;
             host.0.knobs.$field.store(value, Ordering::Relaxed);
-            host.0.$bell.ring();
+            $tell(&host.0);
             Ok(())
         }
     };
@@ -106,9 +109,9 @@ files! {
     "scan_cpu_max_percent": |h, page| line(page, load(&h.0.knobs.scan_cpu_max_percent)),
         number!("scan_cpu_max_percent", scan_cpu_max_percent);
     "merge_across_nodes": |h, page| line(page, load(&h.0.knobs.merge_across_nodes)),
-        number!("merge_across_nodes", merge_across_nodes);
+        number!("merge_across_nodes", merge_across_nodes => Host::merge_rules_changed);
     "max_page_sharing": |h, page| line(page, load(&h.0.knobs.max_page_sharing)),
-        number!("max_page_sharing", max_page_sharing);
+        number!("max_page_sharing", max_page_sharing => Host::merge_rules_changed);
     "split_holes_percent": |h, page| line(page, load(&h.0.knobs.split_holes_percent)),
         |h, bytes| {
             h.0.set_split_holes_percent(knob("split_holes_percent", bytes)?);
@@ -142,12 +145,7 @@ files! {
     "compress_max_object_percent": |h, page| {
             line(page, load(&h.0.knobs.compress_max_object_percent))
         },
-        |h, bytes| {
-            let value = knob("compress_max_object_percent", bytes)?;
-            h.0.knobs.compress_max_object_percent.store(value, Ordering::Relaxed);
-            h.0.try_anew();
-            Ok(())
-        };
+        number!("compress_max_object_percent", compress_max_object_percent => Host::try_anew);
     "idle_tax_percent": |h, page| line(page, load(&h.0.knobs.idle_tax_percent)),
         number!("idle_tax_percent", idle_tax_percent, reclaimer_bell);
     "active_sample_pages": |h, page| line(page, load(&h.0.knobs.active_sample_pages)),

@@ -42,7 +42,7 @@ pub const CASES: &[Case] = &[
     ),
     Case::thinram(
         "share/max-sharers",
-        "max_page_sharing caps one frame's sharers",
+        "max_page_sharing caps one frame's sharers, and raising it unites them",
         max_sharers,
     ),
     Case::thinram("share/run-stop", "run 0 stops the scan at once", run_stop),
@@ -295,6 +295,16 @@ fn max_sharers(ctx: &Ctx) -> Result<()> {
     for page in 0..64 {
         guest.map.write_page(page, &content::page(7));
     }
+    let all_hold_7 = || -> Result<()> {
+        for page in 0..64 {
+            page_is(
+                format!("page {page}"),
+                &guest.map.read_page(page),
+                &content::page(7),
+            )?;
+        }
+        Ok(())
+    };
     let sys = ctx.sys();
     sys.set("max_page_sharing", 4)?;
     sys.flat_out()?;
@@ -309,13 +319,7 @@ fn max_sharers(ctx: &Ctx) -> Result<()> {
     sys.set("run", 0)?;
     let shared = sys.get("pages_shared")?;
     within("pages_shared", shared, 16, 24)?;
-    for page in 0..64 {
-        page_is(
-            format!("page {page}"),
-            &guest.map.read_page(page),
-            &content::page(7),
-        )?;
-    }
+    all_hold_7()?;
     let all: Vec<u64> = sys::frames(&guest.map)?.into_iter().flatten().collect();
     let distinct: BTreeSet<u64> = all.iter().copied().collect();
     eq("pages with a frame", all.len(), 64)?;
@@ -328,7 +332,11 @@ fn max_sharers(ctx: &Ctx) -> Result<()> {
             4,
         )?;
     }
-    Ok(())
+    sys.set("max_page_sharing", 1024)?;
+    sys.set("run", 1)?;
+    ctx.until_is("pages_shared", 1, SOON)?;
+    eq("pages_sharing", sys.get("pages_sharing")?, 63)?;
+    all_hold_7()
 }
 
 fn run_stop(ctx: &Ctx) -> Result<()> {
