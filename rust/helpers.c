@@ -93,7 +93,7 @@ void thinram_page_put(struct page *page)
 
 int thinram_page_refcount(const struct page *page)
 {
-	return page_ref_count(page);
+	return folio_ref_count(page_folio(page));
 }
 
 int thinram_page_mapcount(const struct page *page)

@@ -223,7 +223,7 @@ impl Host {
             pin_init!(Host {
                 key: hash::random_key(),
                 run: AtomicU8::new(1),
-                large_pages: AtomicU8::new(LargePages::Never.index() as u8),
+                large_pages: AtomicU8::new(LargePages::default().index() as u8),
                 knobs: Knobs {
                     scan_pages_per_sec: AtomicU64::new(0),
                     scan_period_secs: AtomicU64::new(200),

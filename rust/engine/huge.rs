@@ -8,8 +8,10 @@
 //! | region                      | read                         | write                        |
 //! |-----------------------------|------------------------------|------------------------------|
 //! | empty, large pages wanted   | a folio of zeroes, read-only | becomes a zeroed folio       |
-//! | a folio                     | its folio, writable at once  | its folio, writable          |
+//! | a folio                     | its folio, writable [^1]     | its folio, writable          |
 //! | any other                   | fault of 4 KiB               | fault of 4 KiB               |
+//!
+//! [^1]: read-only if the scanner write-protected it, so that the write is noticed.
 //!
 //! Mappings that do not cover a region as a whole, or lie across it, show its parts by faults of
 //! 4 KiB, in `fault`. The first fault on an empty region decides what it is.
@@ -95,8 +97,13 @@ pub(crate) fn serve(backing: &Backing, fault: Fault) -> Answer {
     count(&backing.vm().events.faults);
     backing.vm().sample.count_touched(guard.touch_all());
     guard.revive_all();
+    let writable = fault.is_write() || !guard.is_any_protected();
+    if writable && guard.all_may_change() {
+        count(&host.events.protect_faults);
+        count(&backing.vm().events.protect_faults);
+    }
     match guard.huge() {
-        Some(frame) if !frame.is_poisoned() => fault.map_huge(frame, true),
+        Some(frame) if !frame.is_poisoned() => fault.map_huge(frame, writable),
         _ => Answer::Fallback,
     }
 }

@@ -10,7 +10,7 @@ use super::vm::Vm;
 use crate::{
     logic::{
         counts,
-        huge::HugeWord,
+        huge::{Calm, HugeWord},
         sample::Watch,
         slot::{Class, Slot, State},
     },
@@ -42,6 +42,8 @@ struct Inner {
     /// What all slots in state Huge are parts of. Slots that a truncation cut off are Empty, and
     /// their parts zeroed; all others are Huge.
     huge: Option<HugeFrame>,
+    /// When protecting it pays.
+    calm: Calm,
 }
 
 /// 2 MiB of a file.
@@ -78,7 +80,13 @@ impl Region {
                 watch: AtomicU64::new(Watch::NONE.word()),
                 waiters: AtomicU32::new(0),
                 inner <- new_mutex!(
-                    Inner { key, mapping: Some(mapping), protected: [0; SLOTS / 64], huge: None },
+                    Inner {
+                        key,
+                        mapping: Some(mapping),
+                        protected: [0; SLOTS / 64],
+                        huge: None,
+                        calm: Calm::NEW,
+                    },
                     "thinram_region"
                 ),
             }),
@@ -238,6 +246,7 @@ impl RegionGuard<'_> {
             self.zap_range(0, SLOTS);
         }
         self.inner.huge = Some(frame);
+        self.inner.calm = Calm::NEW;
         self.revive_all();
     }
 
@@ -432,6 +441,46 @@ impl RegionGuard<'_> {
         for i in index..index.saturating_add(pages).min(SLOTS) {
             self.set_protected(i, true);
         }
+    }
+
+    /// Makes every mapping of the region's folio read-only, so that a write is noticed.
+    pub(crate) fn protect_huge(&mut self) {
+        let (Some(mapping), Some(folio)) = (&self.inner.mapping, &self.inner.huge) else {
+            return;
+        };
+        mapping.write_protect_folio(self.region.first_page, folio.part(0).pfn());
+        for index in 0..SLOTS {
+            if self.slot(index).state() == State::Huge {
+                self.set_protected(index, true);
+            }
+        }
+    }
+
+    /// Whether mappings of any page are read-only, so that a write is noticed.
+    pub(crate) fn is_any_protected(&self) -> bool {
+        self.inner.protected.iter().any(|&word| word != 0)
+    }
+
+    /// Whether that is true of all parts of the folio.
+    pub(crate) fn is_all_protected(&self) -> bool {
+        (0..SLOTS).all(|i| self.is_protected(i) || self.slot(i).state() != State::Huge)
+    }
+
+    /// To be called before any page may change: all count as changed from here on. True if a mapping
+    /// may have been read-only for it.
+    pub(crate) fn all_may_change(&mut self) -> bool {
+        let protected = self.is_any_protected();
+        if protected {
+            for index in 0..SLOTS {
+                self.may_change(index);
+            }
+        }
+        protected
+    }
+
+    /// When protecting the folio pays.
+    pub(crate) fn calm(&mut self) -> &mut Calm {
+        &mut self.inner.calm
     }
 
     /// Whether every mapping of the page is read-only by [`RegionGuard::protect`].

@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     logic::{
+        huge::HugeWord,
         pace::{Limits, Pacer},
         slot::{Class, Slot, State},
         tunables::RunMode,
@@ -221,9 +222,7 @@ impl Walk {
         while self.index < end {
             // Most pages of a calm host need nothing: pass over them without the lock.
             while self.index < end && !needs_look(region.peek(self.index), visit.pass, self.index) {
-                if region.peek(self.index).state() == State::Private {
-                    skipped += 1;
-                }
+                skipped += u64::from(holds_data(region.peek(self.index)));
                 self.index += 1;
             }
             if self.index >= end {
@@ -247,7 +246,9 @@ impl Walk {
                     if !self.has_spare_for(&guard, visit) || alone && !self.has_own(vm) {
                         break;
                     }
-                    if matches!(slot.state(), State::Private | State::Huge) {
+                    if is_known(slot, visit.pass, self.index) {
+                        skipped += 1;
+                    } else if holds_data(slot) {
                         scanned += 1;
                     }
                     // What takes longest is to get hold of a page's first bytes.
@@ -263,8 +264,8 @@ impl Walk {
                     } else if let Some((_, own)) = self.own.take() {
                         give_back(host, &mut guard, self.index, own);
                     }
-                } else if slot.state() == State::Private {
-                    skipped += 1;
+                } else {
+                    skipped += u64::from(holds_data(slot));
                 }
                 self.index += 1;
                 if self.spare.is_none() || region.is_wanted() {
@@ -340,6 +341,11 @@ impl Walk {
         if self.index < self.window {
             return;
         }
+        if guard.huge().is_some() {
+            self.window = SLOTS;
+            survey::protect_if_calm(guard);
+            return;
+        }
         self.window = (self.index + 1).next_multiple_of(WINDOW);
         let (mut first, mut last, mut wild, mut open) = (SLOTS, 0, 0usize, 0usize);
         for index in self.index..self.window {
@@ -372,6 +378,10 @@ impl Walk {
     /// Looks at one page of the VM's own that may have changed.
     fn look(&mut self, host: &Host, guard: &mut RegionGuard<'_>, visit: &Visit, slot: Slot) {
         let index = self.index;
+        if is_known(slot, visit.pass, index) {
+            survey::refresh(host, guard, index, visit.scope);
+            return;
+        }
         let Some(page) = guard.own_page(index) else {
             return;
         };
@@ -388,7 +398,7 @@ impl Walk {
                 hash,
                 scope: visit.scope,
             };
-            survey::note(host, guard, index, key, hash == visit.zero_hash);
+            survey::note(host, guard, index, key, hash == visit.zero_hash, trusted);
             return;
         }
         let changed = slot.class() != Class::Unchecked && slot.tag() != hash as u16;
@@ -462,10 +472,30 @@ fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
         State::Private => !slot.skipped_in(pass, index as u64),
         // Every 8th pass is soon enough to give a lonely shared frame back, or to unite two.
         State::Shared => pass.wrapping_add(index as u64) % 8 == 0,
-        // What a split would gain is found out anew in each pass.
-        State::Huge => true,
+        // What a split would gain is found out anew in each pass: others come and go.
+        State::Huge => !slot.is_stable() || is_recheck(pass, index) || has_others(slot),
         State::Empty | State::Zero | State::Compressed | State::Filled => false,
     }
+}
+
+/// Whether an unchanged page is hashed again all the same.
+#[inline]
+fn is_recheck(pass: u64, index: usize) -> bool {
+    pass.wrapping_add(index as u64) % RECHECK == 0
+}
+
+/// Whether the slot has memory of its own to hash.
+fn holds_data(slot: Slot) -> bool {
+    matches!(slot.state(), State::Private | State::Huge)
+}
+
+fn has_others(slot: Slot) -> bool {
+    HugeWord::from_slot(slot).is_some_and(HugeWord::has_others)
+}
+
+/// Whether the slot is a part of a folio whose hash needs not be taken in this pass.
+fn is_known(slot: Slot, pass: u64, index: usize) -> bool {
+    slot.state() == State::Huge && slot.is_stable() && !is_recheck(pass, index)
 }
 
 /// Gives a sharer that is alone a copy of its own, and the shared frame back to the host. The shared

@@ -51,6 +51,11 @@ impl Key {
             scope: self.scope.0,
         }
     }
+
+    /// Whether the label may be this key's: of a part of a folio less than the whole hash is known.
+    fn looks_like(self, label: Label) -> bool {
+        label.scope == self.scope.0 && (label.hash ^ self.hash) & HugeWord::HASH_MASK == 0
+    }
 }
 
 /// What the index says about a content.
@@ -127,7 +132,7 @@ impl SharedIndex {
             let candidate = match entry {
                 Entry::Stable(id) => {
                     let label = inner.records.page(id).map(|page| page.label());
-                    if label != Some(key.label()) {
+                    if !label.is_some_and(|label| key.looks_like(label)) {
                         continue;
                     }
                     if inner.records.sharers(id) >= max {

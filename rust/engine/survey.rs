@@ -2,8 +2,9 @@
 
 //! The scanner's look at 2 MiB folios: what would be gained if they were split.
 //!
-//! Each part is hashed where it is, mapped and in use; nothing is protected or zapped for it, so all
-//! of this may be stale at once. `split` looks at the bytes before it acts.
+//! Each part is hashed where it is, mapped and in use; all of this may be stale at once. `split` looks
+//! at the bytes before it acts. A folio that is seldom written is write-protected as a whole, and
+//! what was hashed under that, with no pin on the folio, is not hashed again until a write comes.
 //!
 //! Lock order: region > index.
 
@@ -12,32 +13,66 @@ use super::{
     host::Host,
     region::RegionGuard,
     shared::{Candidate, Key, CANDIDATES},
+    vm::Scope,
 };
 use crate::logic::{
     huge::{HugeWord, PartClass},
     slot::{Class, State},
 };
 
-/// Notes what is known of part `index`, whose hash under `key` was just taken.
-pub(crate) fn note(host: &Host, guard: &mut RegionGuard<'_>, index: usize, key: Key, zero: bool) {
+/// Write-protects the folio, once a pass, if that pays.
+pub(crate) fn protect_if_calm(guard: &mut RegionGuard<'_>) {
+    let holds = guard.is_any_protected();
+    if guard.calm().pass(holds) && !guard.is_all_protected() {
+        guard.protect_huge();
+    }
+}
+
+/// Looks again for equals of part `index`, whose bytes are those that were hashed.
+pub(crate) fn refresh(host: &Host, guard: &mut RegionGuard<'_>, index: usize, scope: Scope) {
     let Some(word) = HugeWord::from_slot(guard.slot(index)) else {
         return;
     };
+    if let Some(hash) = word.hash() {
+        note(host, guard, index, Key { hash, scope }, false, true);
+    }
+}
+
+/// Notes what is known of part `index`, whose hash under `key` was just taken; `stable`: it stays
+/// true until the part's protection goes.
+pub(crate) fn note(
+    host: &Host,
+    guard: &mut RegionGuard<'_>,
+    index: usize,
+    key: Key,
+    zero: bool,
+    stable: bool,
+) {
+    let Some(word) = HugeWord::from_slot(guard.slot(index)) else {
+        return;
+    };
+    // Without a hint others do not find it: it is hashed again.
+    let mut settled = true;
     let class = if zero {
         PartClass::Zero
     } else if word.changed_to(key.hash) {
         // It may change again: it counts once it was seen twice.
+        settled = false;
         PartClass::Unique
     } else if has_equal(host, guard, index, key) {
         PartClass::Duplicate
     } else {
         let own = guard.region().page_id(index);
-        if !host.index().hint(key.hash, own, host.registry()) {
+        settled = host.index().hint(key.hash, own, host.registry());
+        if !settled {
             count(&host.refusals.no_hint);
         }
         PartClass::Unique
     };
-    guard.note(index, word.looked_at(class, key.hash).slot());
+    let looked_at = word
+        .looked_at(class, key.hash)
+        .with_stable(stable && settled);
+    guard.note(index, looked_at.slot());
 }
 
 /// Whether some other page has the content. If that is a part of a folio too, it gets to know.

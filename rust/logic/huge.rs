@@ -3,14 +3,15 @@
 //! The slot word of a 4 KiB part of a 2 MiB folio: what a split would gain here.
 //!
 //! ```text
-//!  63                                                     8   7     6    5    4    3      2    0
-//! +--------------------------------------------------------+------+------+--------+------+------+
-//! |                      hash (56)                         | twin | hole | class  | fresh| state|
-//! +--------------------------------------------------------+------+------+--------+------+------+
-//!                                                              1      1       2       1      3
+//!  63                                             9   8      7     6    5    4    3      2    0
+//! +------------------------------------------------+------+------+------+--------+------+------+
+//! |                   hash (55)                    | fresh| twin | hole | class  |stable| state|
+//! +------------------------------------------------+------+------+------+--------+------+------+
+//!                                                      1      1      1       2       1      3
 //! ```
 //!
-//! The hash is what the scanner saw last; class says what it made of it. Of several equal parts one
+//! The hash is what the scanner saw last; class says what it made of it; stable says that the bytes
+//! are those that were hashed, because every mapping is read-only. Of several equal parts one
 //! is the twin of the others: it is Unique, and its region has to be split as well before the others
 //! can merge. Who finds it marks it, and makes the mark fresh; two looks without anybody who does,
 //! and it is gone.
@@ -38,11 +39,12 @@ pub enum PartClass {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct HugeWord(u64);
 
-const FRESH: u64 = Slot::STABLE_BIT;
+const STABLE: u64 = Slot::STABLE_BIT;
 const CLASS_SHIFT: u32 = 4;
 const HOLE: u64 = 1 << 6;
 const TWIN: u64 = 1 << 7;
-const HASH_SHIFT: u32 = 8;
+const FRESH: u64 = 1 << 8;
+const HASH_SHIFT: u32 = 9;
 
 impl HugeWord {
     /// A part of which nothing is known.
@@ -99,7 +101,10 @@ impl HugeWord {
         }
     }
 
-    /// What is known of the hash: its low 56 bits.
+    /// The bits of a hash that a word has room for.
+    pub const HASH_MASK: u64 = u64::MAX >> HASH_SHIFT;
+
+    /// What is known of the hash: its low 55 bits.
     pub const fn hash(self) -> Option<u64> {
         match self.tag() {
             Some(_) => Some(self.0 >> HASH_SHIFT),
@@ -112,7 +117,7 @@ impl HugeWord {
         self.is_twin() || matches!(self.class(), PartClass::Duplicate)
     }
 
-    /// Whether the last look saw this hash (of which 56 bits count).
+    /// Whether the last look saw this hash (of which 55 bits count).
     pub const fn has_hash(self, hash: u64) -> bool {
         self.tag().is_some() && self.0 >> HASH_SHIFT == hash << HASH_SHIFT >> HASH_SHIFT
     }
@@ -130,6 +135,16 @@ impl HugeWord {
             _ => HugeWord(HUGE),
         };
         HugeWord(kept.0 | (hash << HASH_SHIFT)).of_class(class)
+    }
+
+    /// Whether the bytes cannot have changed since they were hashed.
+    pub const fn is_stable(self) -> bool {
+        self.0 & STABLE != 0
+    }
+
+    /// With the stable bit set or cleared.
+    pub const fn with_stable(self, stable: bool) -> HugeWord {
+        HugeWord((self.0 & !STABLE) | if stable { STABLE } else { 0 })
     }
 
     /// As the twin of a part that was just looked at.
@@ -186,6 +201,50 @@ impl Gain {
     /// The place among others: the higher, the sooner it is split. 0: nothing is gained.
     pub fn rank(self) -> u16 {
         self.pages.saturating_add(self.twins)
+    }
+}
+
+/// When write-protecting a folio pays: a write costs a fault for all of its 512 pages, and saves 512
+/// hashes if none comes. A folio that was written to between two passes is left alone for 1, 3, 7 ..
+/// passes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Calm {
+    /// Passes to let go by.
+    skip: u8,
+    /// How often in a row it was in vain, up to a point.
+    level: u8,
+    /// Whether it was protected last.
+    tried: bool,
+}
+
+impl Calm {
+    /// A folio that was not hashed yet: the first pass protects nothing.
+    pub const NEW: Calm = Calm {
+        skip: 1,
+        level: 0,
+        tried: false,
+    };
+
+    const LEVEL_MAX: u8 = 5;
+
+    /// A pass comes by; `holds`: the folio is still protected since the last time. True if it is to
+    /// be protected now.
+    pub fn pass(&mut self, holds: bool) -> bool {
+        if holds {
+            self.level = 0;
+            return true;
+        }
+        if self.tried {
+            self.tried = false;
+            self.level = self.level.saturating_add(1).min(Self::LEVEL_MAX);
+            self.skip = (1 << self.level) - 1;
+        }
+        if self.skip > 0 {
+            self.skip = self.skip.saturating_sub(1);
+            return false;
+        }
+        self.tried = true;
+        true
     }
 }
 
@@ -267,6 +326,24 @@ mod tests {
         assert!(!word.looked_at(PartClass::Zero, 77).is_twin());
     }
 
+    #[test]
+    fn protection_in_vain_is_tried_less_and_less_often() {
+        let mut calm = Calm::NEW;
+        let mut tries = Vec::new();
+        for pass in 0..100 {
+            if calm.pass(false) {
+                tries.push(pass);
+            }
+        }
+        assert_eq!(tries[..6], [1, 3, 7, 15, 31, 63]);
+        assert_eq!(tries[6], 95);
+        let mut calm = Calm::NEW;
+        assert!(!calm.pass(false) && calm.pass(false));
+        assert!((0..10).all(|_| calm.pass(true)));
+        // After that one write costs no more than two passes.
+        assert!(!calm.pass(false) && calm.pass(false));
+    }
+
     proptest! {
         #[test]
         fn fields_do_not_touch_each_other(hash: u64, other: u64, duplicate: bool) {
@@ -276,12 +353,18 @@ mod tests {
             prop_assert_eq!(word.class(), class);
             prop_assert_eq!(word.tag(), Some(hash as u16));
             prop_assert!(word.has_hash(hash) && !word.changed_to(hash));
-            prop_assert_eq!(word.has_hash(other), hash << 8 == other << 8);
+            prop_assert_eq!(word.has_hash(other), hash << 9 == other << 9);
+            prop_assert_eq!(word.hash(), Some(hash & HugeWord::HASH_MASK));
             prop_assert_eq!(word.gains(), duplicate);
             prop_assert!(!word.is_hole() && !word.is_twin());
             let twin = word.with_twin();
             prop_assert!(twin.is_twin() && twin.has_hash(hash));
             prop_assert_eq!(twin.class(), class);
+            let stable = twin.with_stable(true);
+            prop_assert!(stable.is_stable() && stable.is_twin() && stable.has_hash(hash));
+            prop_assert_eq!(stable.with_stable(false), twin);
+            prop_assert_eq!(stable.slot().word() & Slot::NOT_STABLE, twin.slot().word());
+            prop_assert!(!stable.looked_at(class, hash).is_stable());
             prop_assert_eq!(word.forgotten(), HugeWord::NEW);
             prop_assert!(!HugeWord::NEW.changed_to(hash));
         }

@@ -7,6 +7,7 @@
 #include <linux/kthread.h>
 #include <linux/lz4.h>
 #include <linux/mm.h>
+#include <linux/rmap.h>
 #include <linux/statfs.h>
 #include <linux/xxhash.h>
 #include <linux/zsmalloc.h>

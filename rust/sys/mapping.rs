@@ -94,4 +94,20 @@ impl Mapping {
             );
         }
     }
+
+    /// The same for the mappings, of either size, of a folio of 512 pages from `pfn` on.
+    pub(crate) fn write_protect_folio(&self, first: u64, pfn: u64) {
+        if !protect::armed(protect::Protection::WriteProtect) {
+            return;
+        }
+        // SAFETY: By the type's invariant; the frames are alive, the caller holds their region's lock.
+        unsafe {
+            bindings::mapping_wrprotect_range(
+                self.0.as_ptr(),
+                first as usize,
+                pfn as usize,
+                super::slots::SLOTS,
+            );
+        }
+    }
 }

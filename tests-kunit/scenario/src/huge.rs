@@ -82,6 +82,16 @@ pub const CASES: &[Case] = &[
         idle,
     ),
     Case::thinram(
+        "huge/write-noticed",
+        "unchanged ones are hashed once; a write by either size is seen",
+        write_noticed,
+    ),
+    Case::thinram(
+        "huge/late-pin",
+        "a folio with a pin from before is hashed in each pass",
+        late_pin,
+    ),
+    Case::thinram(
         "huge/split",
         "contention: duplicates come back, the rest stays large",
         split,
@@ -745,7 +755,6 @@ fn held(ctx: &Ctx) -> Result<()> {
     ctx.expect_used("of an empty file", &mount, "web", 0)
 }
 
-/// Takes most of memory by pages that the kernel cannot move, and gives every second one back.
 /// Two VMs of 8 large pages each: four have the same content in both, four have their own. One page
 /// in eight of the equal ones differs all the same.
 fn half_twins(ctx: &Ctx) -> Result<(Mount<'_>, Guest, Guest)> {
@@ -820,6 +829,125 @@ fn idle(ctx: &Ctx) -> Result<()> {
     b.file.set_len(0)?;
     ctx.passes(2)?;
     eq("splittable_kb of one VM alone", splittable(ctx)?, 0)
+}
+
+/// Two VMs with one large page each, of the same content, that the scanner takes for unchanged. `a`
+/// is mapped by 4 KiB entries as well.
+fn unchanged(ctx: &Ctx) -> Result<(Mount<'_>, Guest, Guest, Map)> {
+    /// Passes after which what did not change is protected, and hashed.
+    const COLD: u64 = 4;
+    let (mount, a) = guest(ctx, LARGE)?;
+    let b = mount.guest("b", LARGE)?;
+    a.fill(0, LARGE, 1);
+    b.fill(0, LARGE, 1);
+    let small = across(&a.file, LARGE)?;
+    for page in 0..LARGE {
+        small.set(page, 0, small.get(page, 0));
+    }
+    ctx.sys().flat_out()?;
+    ctx.passes(COLD)?;
+    Ok((mount, a, b, small))
+}
+
+/// Pages that were hashed, and those that were passed over, in a few passes.
+fn hashed(ctx: &Ctx) -> Result<(u64, u64)> {
+    let seen = || -> Result<(u64, u64)> {
+        let sys = ctx.sys();
+        Ok((sys.get("pages_scanned")?, sys.get("pages_skipped")?))
+    };
+    let before = seen()?;
+    ctx.passes(FEW)?;
+    let after = seen()?;
+    Ok((after.0 - before.0, after.1 - before.1))
+}
+
+/// Few enough that the look which each page gets in every 64th pass finds little.
+const FEW: u64 = 3;
+
+fn write_noticed(ctx: &Ctx) -> Result<()> {
+    let (_mount, a, b, small) = unchanged(ctx)?;
+    let sys = ctx.sys();
+    let both = 2 * LARGE as u64;
+    let (scanned, skipped) = hashed(ctx)?;
+    that(
+        format!("{scanned} of {both} pages hashed in {FEW} passes, {skipped} passed over"),
+        scanned < both && skipped >= FEW * both * 3 / 4,
+    )?;
+    eq("splittable_kb", splittable(ctx)?, LARGE_KB)?;
+    huge_is(ctx, "of a", "web", LARGE_KB)?;
+    eq("KiB mapped large", mapped_large(&a.map)?, LARGE_KB)?;
+    // Reading costs nothing, and stays possible.
+    let faults = sys.get("protect_faults")?;
+    a.holds(0, LARGE, 1)?;
+    eq(
+        "protect_faults of reads",
+        sys.get("protect_faults")? - faults,
+        0,
+    )?;
+    // The scanner is halted meanwhile: all of it lies between two passes.
+    sys.set("run", 0)?;
+    a.map.write_page(1, &content::page(9001));
+    small.write_page(2, &content::page(9002));
+    a.file
+        .write_all_at(&content::page_bytes(9003), (3 * PAGE) as u64)?;
+    b.map.write_page(4, &content::page(9004));
+    sys::punch(&b.file, (5 * PAGE) as u64, PAGE as u64)?;
+    small.write_page(6, &content::page(9006));
+    within("protect_faults", sys.get("protect_faults")? - faults, 2, 5)?;
+    sys.set("run", 1)?;
+    ctx.passes(FEW)?;
+    // Six have no equal any more; the hole is zero.
+    eq("splittable_kb", splittable(ctx)?, LARGE_KB - 5 * 4)?;
+    for (page, seed) in [(1, 9001), (2, 9002), (3, 9003), (6, 9006)] {
+        page_is("of a", &a.map.read_page(page), &content::page(seed))?;
+        page_is("of a", &small.read_page(page), &content::page(seed))?;
+    }
+    a.holds(7, LARGE, 1)?;
+    b.is_zero(5, 6)?;
+    b.holds(6, LARGE, 1)?;
+    // mprotect, there and back, makes nothing writable without notice.
+    ctx.passes(FEW)?;
+    a.map.protect(0, LARGE * PAGE, R)?;
+    a.map.protect(0, LARGE * PAGE, RW)?;
+    sys.set("run", 0)?;
+    a.map.write_page(7, &content::page(9007));
+    sys.set("run", 1)?;
+    ctx.passes(FEW)?;
+    eq("splittable_kb", splittable(ctx)?, LARGE_KB - 6 * 4)?;
+    eq("mapped large again", mapped_large(&a.map)?, LARGE_KB)
+}
+
+fn late_pin(ctx: &Ctx) -> Result<()> {
+    let (_mount, a, b, small) = unchanged(ctx)?;
+    drop(small);
+    let sys = ctx.sys();
+    let (reader, writer) = nix::unistd::pipe()?;
+    // A page in a pipe stands for a pin that may write: both are references that no mapping has.
+    eq(
+        "bytes in the pipe",
+        sys::vmsplice(&writer, &a.map, 9 * PAGE, PAGE)?,
+        PAGE,
+    )?;
+    // A write takes the protection away; what is hashed from here on is not trusted.
+    a.map.write_page(8, &content::page(9008));
+    ctx.until("pages hashed in each pass", 30.0, || {
+        let (scanned, _) = hashed(ctx)?;
+        Ok((scanned >= FEW * LARGE as u64, scanned.to_string()))
+    })?;
+    let mut seen = vec![0; PAGE];
+    eq(
+        "bytes from the pipe",
+        nix::unistd::read(&reader, &mut seen)?,
+        PAGE,
+    )?;
+    ctx.until("pages not hashed any more", 30.0, || {
+        let (scanned, _) = hashed(ctx)?;
+        Ok((scanned < LARGE as u64 / 2, scanned.to_string()))
+    })?;
+    eq("splittable_kb", splittable(ctx)?, LARGE_KB - 4)?;
+    sys.set("run", 0)?;
+    a.holds(9, LARGE, 1)?;
+    b.holds(0, LARGE, 1)
 }
 
 fn split(ctx: &Ctx) -> Result<()> {
