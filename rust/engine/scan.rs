@@ -478,12 +478,6 @@ fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
     }
 }
 
-/// Whether an unchanged page is hashed again all the same.
-#[inline]
-fn is_recheck(pass: u64, index: usize) -> bool {
-    pass.wrapping_add(index as u64) % RECHECK == 0
-}
-
 /// Whether the slot has memory of its own to hash.
 fn holds_data(slot: Slot) -> bool {
     matches!(slot.state(), State::Private | State::Huge)
