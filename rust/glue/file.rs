@@ -71,9 +71,11 @@ impl<'a> Open<'a> {
         // SAFETY: The inode's superblock is ours and filled.
         let mount = unsafe { node::of_sb((*self.inode).i_sb) };
         let size_now = u64::try_from(size).map_err(|_| EINVAL)?;
-        // The tail first: it may need memory, and nothing has changed yet.
-        if size_now < old_size && size_now % PAGE != 0 {
-            data::zero_bytes(self.backing, size_now / PAGE, size_now % PAGE, PAGE)?;
+        // The tail first: it may need memory, and nothing has changed yet. In a file that grows, a
+        // mapping may have written beyond the end.
+        let end = size_now.min(old_size);
+        if size_now != old_size && end % PAGE != 0 {
+            data::zero_bytes(self.backing, end / PAGE, end % PAGE, PAGE)?;
         }
         mount.resize(old, new)?;
         if size_now < old_size {

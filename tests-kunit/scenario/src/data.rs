@@ -81,6 +81,11 @@ pub const CASES: &[Case] = &[
     ),
     Case::both("fs/copy", "copy by read/write and by copy_file_range", copy),
     Case::both("fs/cp-dd", "cp and dd copy a file both ways", cp_dd),
+    Case::thinram(
+        "fs/beyond-end",
+        "what a mapping wrote beyond the end is zero when the file grows",
+        beyond_end,
+    ),
     Case::both(
         "fs/sendfile-splice",
         "sendfile and splice out, splice in",
@@ -662,6 +667,31 @@ fn cp_dd(ctx: &Ctx) -> Result<()> {
         .arg(arg("of", &mount.at("web/dd")))
         .arg("bs=64k"))?;
     bytes_are("dd in", &fs::read(mount.at("web/dd"))?, &expected)
+}
+
+fn beyond_end(ctx: &Ctx) -> Result<()> {
+    type Grow = fn(&File) -> Result<()>;
+    let ways: [(&str, Grow); 3] = [
+        ("ftruncate", |file| Ok(file.set_len(2 * PAGE as u64)?)),
+        ("write", |file| Ok(file.write_all_at(&[1], PAGE as u64)?)),
+        ("fallocate", |file| {
+            Ok(sys::fallocate(file, 0, 0, 2 * PAGE as i64)?)
+        }),
+    ];
+    let mount = ctx.mount("m", "size=16M")?;
+    for (name, grow) in ways {
+        let guest = mount.guest(name, 1)?;
+        guest.fill(0, 1, 1);
+        guest.file.set_len(800)?;
+        guest.map.set(0, 200, 0x5555);
+        grow(&guest.file)?;
+        let mut expected = page_bytes(1);
+        expected[800..].fill(0);
+        let mut seen = vec![0xa5; PAGE];
+        guest.file.read_exact_at(&mut seen, 0)?;
+        bytes_are(format!("grown by {name}"), &seen, &expected)?;
+    }
+    Ok(())
 }
 
 fn sendfile_splice(ctx: &Ctx) -> Result<()> {
