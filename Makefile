@@ -5,26 +5,28 @@
 
 KVER ?= $(shell uname -r)
 KDIR ?= /lib/modules/$(KVER)/build
-MO := $(CURDIR)/target/module-$(KVER)
+# The kernel that KDIR belongs to, which need not be the one that runs.
+RELEASE := $(or $(shell cat "$(KDIR)/include/config/kernel.release" 2>/dev/null),$(KVER))
+MO := $(CURDIR)/target/module-$(RELEASE)
 DESTDIR ?=
 PREFIX ?= /usr/local
 
 all: preflight
 	$(MAKE) -C $(KDIR) M=$(CURDIR) MO=$(MO) modules
-	@echo "built $(MO)/thinram.ko"
+	@echo "built $(MO)/thinram.ko for kernel $(RELEASE)"
 
 preflight:
-	@KDIR="$(KDIR)" KVER="$(KVER)" scripts/preflight
+	@KDIR="$(KDIR)" KVER="$(RELEASE)" scripts/preflight
 
 kdir module check test demo bench host-shell uml-shell setup:
 	@scripts/bootstrap $@ $(ARGS)
 
 ctl:
-	cargo build --release --package thinramctl
+	cargo build --release --package thinramctl --target-dir target
 
 install: all ctl
 	$(MAKE) -C $(KDIR) M=$(CURDIR) MO=$(MO) INSTALL_MOD_PATH=$(DESTDIR) modules_install
-	$(if $(DESTDIR),,depmod $(KVER))
+	$(if $(DESTDIR),,depmod $(RELEASE))
 	install -D -m 755 target/release/thinramctl $(DESTDIR)$(PREFIX)/sbin/thinramctl
 	target/release/thinramctl man --dir $(DESTDIR)$(PREFIX)/share/man/man1
 	for i in bash:bash-completion/completions/thinramctl zsh:zsh/site-functions/_thinramctl \

@@ -98,6 +98,25 @@ fn headers_without_metadata_lead_to_make_kdir() {
 }
 
 #[test]
+fn tools_of_another_system_are_noticed() {
+    let host = Host::new("tools");
+    fs::create_dir_all(host.dir.join("kdir/scripts/mod")).unwrap();
+    let modpost = host.dir.join("kdir/scripts/mod/modpost");
+    fs::copy("/bin/true", &modpost).unwrap();
+    assert_eq!(host.check("kdir"), None);
+    // A library of that name is nowhere.
+    let mut program = fs::read(&modpost).unwrap();
+    let at = program.windows(9).position(|w| w == b"libc.so.6").unwrap();
+    program[at + 3] = b'z';
+    fs::write(&modpost, program).unwrap();
+    let text = host.check("kdir").unwrap();
+    assert!(
+        text.contains("do not run") && text.contains("make module"),
+        "{text}"
+    );
+}
+
+#[test]
 fn another_rustc_is_named_with_the_one_that_is_wanted() {
     let host = Host::new("rustc");
     host.tool("rustc", "rustc 1.90.0 (abc 2025-09-01)");
