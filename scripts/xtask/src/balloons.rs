@@ -19,6 +19,10 @@ const HANGING: &str = "/run/hanging.qmp";
 const TOLD: &str = "/run/thinramctl.json";
 const SIZE_MIB: u64 = 160;
 const MIN_MIB: u64 = 88;
+/// The stock kernel's guest.
+const STOCK_MIB: u64 = 320;
+/// Where the agent of a guest is reached.
+const AGENT: &str = "/run/web4.agent";
 const MIB: u64 = 1024;
 
 /// Nothing merges while this lives, so that memory moves by balloons alone.
@@ -133,6 +137,17 @@ fn says(guest: &mut Guest, word: &str) -> Result<()> {
     })
 }
 
+/// A guest of the stock kernel that has a balloon, and has not loaded the driver of it.
+fn guest_without_driver(mount: &Mount, name: &str) -> Result<Guest> {
+    let mut spec = Spec::new(name, Kind::Stock, STOCK_MIB, &mount.vm(name)?, 16);
+    spec.backends[0] += ",prealloc=on";
+    spec.args = vec!["-device".into(), "virtio-balloon-pci".into()];
+    spec.append = "MODULES=none RUN=\"[ -e /sys/bus/virtio/drivers/virtio_balloon ] || \
+                   echo guest: bare; read go\""
+        .into();
+    Guest::start(&spec)
+}
+
 /// Needs little.
 const IDLE: &str = "echo guest: idle; read go; echo guest: ended";
 /// Grows by and by to more than it was left with, so that the balloon has to follow, and can.
@@ -141,16 +156,29 @@ const GROWS: &str = "mount -o remount,size=150M /tmp; echo guest: idle; read go;
                      dd if=/dev/urandom of=/tmp/p$i bs=1M count=5 2>/dev/null; i=$((i+1)); sleep 2; \
                      done; echo guest: grown; read go; echo guest: ended";
 
-fn configure(slush_kb: u64) -> Result<()> {
-    let mut text =
-        format!("[host]\npolicy = \"pressure\"\ninterval_s = 2\nslush = \"{slush_kb}K\"\n");
+/// Asks for a size as its root, for a silly one, and for none.
+const ASKS: &str = "mkdir -p /run; qemu-ga -m isa-serial -p /dev/ttyS1 -t /run -f /run/ga.pid & \
+                    read kb; echo $kb >/run/thinram-size; read kb; echo $kb >/run/thinram-size; \
+                    read kb; rm /run/thinram-size; read go; echo guest: ended";
+
+fn host_table(policy: &str, slush_kb: u64) -> String {
+    format!("[host]\npolicy = \"{policy}\"\ninterval_s = 2\nslush = \"{slush_kb}K\"\n")
+}
+
+fn vm_table(name: &str, min_mib: u64, max_mib: u64) -> String {
+    format!(
+        "[[vm]]\nname = \"{name}\"\ndynamic_min = \"{min_mib}M\"\ndynamic_max = \"{max_mib}M\"\n\
+         buffer_percent = 100\n"
+    )
+}
+
+fn configure(policy: &str, slush_kb: u64) -> Result<()> {
+    let mut text = host_table(policy, slush_kb);
     // Nobody names their sockets: the daemon finds them.
-    for vm in ["web1", "web2", "web3"] {
-        text += &format!(
-            "[[vm]]\nname = \"{vm}\"\ndynamic_min = \"{MIN_MIB}M\"\ndynamic_max = \"{SIZE_MIB}M\"\n\
-             buffer_percent = 100\n"
-        );
+    for vm in ["web1", "web2"] {
+        text += &vm_table(vm, MIN_MIB, SIZE_MIB);
     }
+    text += &vm_table("web3", STOCK_MIB / 2, STOCK_MIB);
     text += &format!(
         "[[vm]]\nname = \"hangs\"\nqmp = \"{HANGING}\"\ndynamic_min = \"64M\"\n\
          dynamic_max = \"64M\"\n"
@@ -181,16 +209,10 @@ pub fn daemon() -> Result<()> {
     says(&mut grows, "idle")?;
     common_memory_is_estimated()?;
 
-    // It never runs, so no driver of it ever answers.
-    let dir = mount.vm("web3")?;
-    let mut spec = Spec::new("web3", Kind::Small, SIZE_MIB, &dir, 16);
-    spec.args = ["-device", "virtio-balloon-device", "-S"]
-        .map(String::from)
-        .to_vec();
-    let silent = Guest::start(&spec)?;
+    let mut bare = guest_without_driver(&mount, "web3")?;
+    says(&mut bare, "bare")?;
     let hanging = UnixListener::bind(HANGING)?;
-    // The silent guest may take all that it was started with at any time, so that is not free.
-    configure(available()?.saturating_sub((40 + SIZE_MIB) * MIB))?;
+    configure("pressure", available()?.saturating_sub(40 * MIB))?;
     let daemon = Daemon::start()?;
     with_log(moves(&mut grows, &hanging))?;
 
@@ -210,8 +232,10 @@ pub fn daemon() -> Result<()> {
     };
     with_log(until("guests of the next daemon", SOON, same))?;
     with_log(a_guest_is_killed(&mount, grows))?;
+    with_log(a_cap_is_a_limit())?;
+    with_log(shares_give_what_there_is(&daemon))?;
     with_log(a_short_host_wakes(&daemon))?;
-    drop(silent);
+    drop(bare);
     daemon.end()?;
     idle.type_line("end")?;
     idle.ended(SOON)?;
@@ -322,6 +346,95 @@ fn a_guest_is_killed(mount: &Mount, victim: Guest) -> Result<()> {
         bail!("its memory is corrupt");
     }
     Ok(())
+}
+
+/// The cap of a guest is the module's hard limit, and goes with it.
+fn a_cap_is_a_limit() -> Result<()> {
+    for (cap, limit_kb) in [("128M", 128 * MIB), ("default", 0)] {
+        let (code, _, why) = ctl(&["vm", "set", "web1", "cap", cap])?;
+        ensure!(code == Some(0), "cap {cap}: {why}");
+        until("limit of the cap", SOON, || {
+            Ok(number("vms/web1/limit_kb")? == limit_kb)
+        })
+        .with_context(|| format!("limit_kb is {:?}", number("vms/web1/limit_kb")))?;
+    }
+    Ok(())
+}
+
+/// Where `pressure` keeps what nobody needs, `shares` gives all that there is.
+fn shares_give_what_there_is(daemon: &Daemon) -> Result<()> {
+    let (code, _, why) = ctl(&["release", "web1"])?;
+    ensure!(code == Some(0), "{why}");
+    until("the idle guest's size under pressure", SOON, || {
+        Ok(current_mib("web1")? <= 112)
+    })?;
+    configure("shares", 9 * MIB)?;
+    daemon.signal("-HUP")?;
+    until("all memory that shares give", SOON, || {
+        // The last 16 MiB are within the dead band.
+        Ok(current_mib("web1")? + 16 >= SIZE_MIB)
+    })
+    .with_context(|| format!("{:?}", told("web1")))?;
+    let (_, explained, _) = ctl(&["explain", "web1"])?;
+    ensure!(explained.contains("shares 1000"), "{explained}");
+    Ok(())
+}
+
+/// A guest's root asks through QEMU's real guest agent.
+pub fn guest_control() -> Result<()> {
+    for path in [LOG, TOLD, AGENT] {
+        let _ = fs::remove_file(path);
+    }
+    let mount = Mount::new(Fs::Thinram, MOUNT, Some("lab"))?;
+    let mut spec = Spec::new("web4", Kind::SmallPc, SIZE_MIB, &mount.vm("web4")?, 16);
+    spec.initrd = Some("agent");
+    spec.append = format!("RUN=\"{ASKS}\"");
+    let chardev = format!("socket,id=ga,path={AGENT},server=on,wait=off");
+    spec.args = ["-device", "virtio-balloon-pci", "-chardev", &chardev]
+        .into_iter()
+        .chain(["-serial", "chardev:ga"])
+        .map(String::from)
+        .collect();
+    let mut guest = Guest::start(&spec)?;
+    guest.wait("boot", BOOT, Guest::booted)?;
+    let text = host_table("pressure", 9 * MIB) + &vm_table("web4", MIN_MIB, SIZE_MIB);
+    let text = text + &format!("guest_control = true\nagent = \"{AGENT}\"\n");
+    fs::write(CONFIG, text).context(CONFIG)?;
+    let daemon = Daemon::start()?;
+    with_log(asks(&mut guest))?;
+    daemon.end()?;
+    guest.type_line("end")?;
+    guest.ended(SOON).map(|_| ())
+}
+
+fn asks(guest: &mut Guest) -> Result<()> {
+    let settled = |what: &str, done: fn(&Value) -> bool| {
+        until(what, SOON, || Ok(done(&told("web4")?)))
+            .with_context(|| format!("{:?}", told("web4")))
+    };
+    settled("policy's size", |web4| {
+        web4["guest_control"] == true
+            && web4["current_kb"]
+                .as_u64()
+                .is_some_and(|kb| kb > 0 && kb <= 112 * MIB)
+    })?;
+    guest.type_line("132M")?;
+    settled("size that the guest asks for", |web4| {
+        web4["guest_asks_kb"] == 132 * MIB
+            && web4["by_guest"] == true
+            && web4["current_kb"] == 132 * MIB
+    })?;
+    guest.type_line("9T")?;
+    settled("refusal of too much", |web4| {
+        web4["by_guest"] == false
+            && web4["current_kb"]
+                .as_u64()
+                .is_some_and(|kb| kb <= 112 * MIB)
+    })?;
+    guest.type_line("nothing")?;
+    settled("end of what it asks for", |web4| {
+        web4["guest_asks_kb"].is_null()
+    })
 }
 
 /// When the last decision about a guest was made, by the daemon's clock.

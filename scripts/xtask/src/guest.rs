@@ -39,6 +39,8 @@ pub struct Spec {
     pub args: Vec<String>,
     /// More of the kernel's command line: `MIB=` for the load, or `RUN="..."`.
     pub append: String,
+    /// The initramfs; the kernel's own where there is none.
+    pub initrd: Option<&'static str>,
 }
 
 impl Spec {
@@ -55,6 +57,7 @@ impl Spec {
             backends: vec![backend],
             args: Vec::new(),
             append: format!("MIB={load_mib}"),
+            initrd: None,
         }
     }
 
@@ -100,7 +103,9 @@ impl Spec {
         };
         c.arg("-kernel")
             .arg(guests.join(format!("{image}.vmlinuz")));
-        c.arg("-initrd").arg(guests.join(format!("{image}.initrd")));
+        let initrd = self.initrd.unwrap_or(image);
+        c.arg("-initrd")
+            .arg(guests.join(format!("{initrd}.initrd")));
         c.arg("-append").arg(format!(
             "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check NAME={} {}",
             self.name, self.append

@@ -268,6 +268,11 @@ const CASES: &[Case] = &[
         module: true,
         run: |_| crate::balloons::daemon(),
     },
+    Case {
+        name: "guest_asks_the_daemon_through_its_agent",
+        module: true,
+        run: |_| crate::balloons::guest_control(),
+    },
 ];
 
 /// Runs the cases whose name contains `filter`; KTAP on stdout. True if none failed.

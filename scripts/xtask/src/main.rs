@@ -13,6 +13,7 @@ mod inside;
 mod ktap;
 mod libvirt;
 mod lint;
+mod promtool;
 mod report;
 mod setup;
 mod step;

@@ -197,6 +197,31 @@ fn tree(k: &Kernel, dest: &Path) -> Result<()> {
     })
 }
 
+/// Packages of the mirror, unpacked into a directory and not installed.
+fn unpack(log: &Path, dir: &Path, packages: &[impl AsRef<std::ffi::OsStr>]) -> Result<()> {
+    let debs = dir.join("debs");
+    fs::create_dir(&debs)?;
+    run(log, apt().arg("download").args(packages).current_dir(&debs))?;
+    for deb in fs::read_dir(&debs)? {
+        run(log, tied("dpkg-deb").arg("-x").arg(deb?.path()).arg(dir))?;
+    }
+    fs::remove_dir_all(&debs).with_context(|| format!("{}", debs.display()))
+}
+
+/// A package of which only files are needed, by a few tests: unpacked in the cache.
+pub fn unpacked(package: &str) -> Result<PathBuf> {
+    let dest = cache(format!("package-{package}"));
+    let name = format!("package {package}");
+    step(&name, &stamp(&format!("package-{package}")), "", || {
+        whole(&dest, |tmp| {
+            let log = cache("logs/unpacked.log");
+            run(&log, apt().arg("update"))?;
+            unpack(&log, tmp, &[package])
+        })
+    })?;
+    Ok(dest)
+}
+
 /// The stock kernel's image and modules, unpacked (installing would run its hooks).
 pub fn stock(k: &Kernel) -> Result<()> {
     let dest = k.stock();
@@ -208,15 +233,9 @@ pub fn stock(k: &Kernel) -> Result<()> {
         || {
             whole(&dest, |tmp| {
                 let log = cache("logs/stock.log");
-                let debs = tmp.join("debs");
-                fs::create_dir(&debs)?;
                 let wanted = ["binary", "modules", "base"]
                     .map(|part| format!("linux-{part}-{}={}", k.abi, k.version));
-                run(&log, apt().arg("download").args(&wanted).current_dir(&debs))?;
-                for deb in fs::read_dir(&debs)? {
-                    run(&log, tied("dpkg-deb").arg("-x").arg(deb?.path()).arg(tmp))?;
-                }
-                fs::remove_dir_all(&debs)?;
+                unpack(&log, tmp, &wanted)?;
                 run(
                     &log,
                     tied("depmod").arg("-b").arg(tmp.join("usr")).arg(&k.abi),

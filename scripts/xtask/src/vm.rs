@@ -172,7 +172,8 @@ pub fn host_initramfs(k: &Kernel) -> Result<PathBuf> {
 }
 
 /// Builds the guests' side, into `target/guests`: `small.vmlinuz`, `stock.vmlinuz` and the
-/// initramfs of each, `small.initrd` and `stock.initrd`.
+/// initramfs of each, `small.initrd` and `stock.initrd`; and `agent.initrd`, which is the small one
+/// with QEMU's guest agent.
 pub fn guests(k: &Kernel) -> Result<PathBuf> {
     setup::stock(k)?;
     let small = setup::guest_kernel(k)?;
@@ -187,6 +188,18 @@ pub fn guests(k: &Kernel) -> Result<PathBuf> {
     let files = [("init", init), ("bin/guest-load", load)];
     initramfs(k, &dir.join("small.initrd"), &files, &[])?;
     initramfs(k, &dir.join("stock.initrd"), &files, &["virtio_balloon"])?;
+    let agent = setup::unpacked("qemu-guest-agent")?.join("usr/sbin/qemu-ga");
+    let libraries = libraries(&agent)?;
+    let with_agent: Vec<(&str, PathBuf)> = files
+        .into_iter()
+        .chain([("bin/qemu-ga", agent)])
+        .chain(
+            libraries
+                .iter()
+                .map(|at| (at.trim_start_matches('/'), at.into())),
+        )
+        .collect();
+    initramfs(k, &dir.join("agent.initrd"), &with_agent, &[])?;
     for (name, from) in [("small", small), ("stock", k.vmlinuz())] {
         let to = dir.join(format!("{name}.vmlinuz"));
         // Replaced at once: a guest of another run may be about to read it.
@@ -195,6 +208,19 @@ pub fn guests(k: &Kernel) -> Result<PathBuf> {
         fs::rename(&new, &to)?;
     }
     Ok(dir)
+}
+
+/// The shared libraries that a program needs, by their paths.
+fn libraries(program: &Path) -> Result<Vec<String>> {
+    let text = output(Command::new("ldd").arg(program))?;
+    let mut found = Vec::new();
+    for line in text.lines() {
+        if line.contains("not found") {
+            bail!("{}: {}", program.display(), line.trim());
+        }
+        found.extend(line.split_whitespace().find(|word| word.starts_with('/')));
+    }
+    Ok(found.into_iter().map(str::to_string).collect())
 }
 
 /// Makes an initramfs of busybox, the files given (name, source) and modules of the stock kernel.
@@ -214,8 +240,10 @@ pub fn initramfs(
     }
     fs::copy("/bin/busybox", dir.join("bin/busybox"))?;
     for (name, from) in files {
-        fs::copy(from, dir.join(name)).with_context(|| format!("{}", from.display()))?;
-        run(&log, tied("chmod").arg("755").arg(dir.join(name)))?;
+        let to = dir.join(name);
+        fs::create_dir_all(to.parent().unwrap_or(&dir))?;
+        fs::copy(from, &to).with_context(|| format!("{}", from.display()))?;
+        run(&log, tied("chmod").arg("755").arg(&to))?;
     }
     for name in modules {
         let mut find = Command::new("modinfo");
