@@ -43,6 +43,8 @@ pub struct Applicant {
     pub name: String,
     /// Least that it can run with.
     pub min_kb: u64,
+    /// Most that it may get.
+    pub max_kb: u64,
     /// Part of all sharing breaking that need not be backed by memory.
     pub unshare_risk_percent: u64,
 }
@@ -160,7 +162,8 @@ pub struct Refusal {
     pub reason: String,
 }
 
-/// Decides.
+/// Decides. The answer is what of its maximum the VM could have now: its minimum is certain, and what
+/// is above depends on what the policies make of it.
 ///
 /// # Errors
 ///
@@ -169,7 +172,7 @@ pub fn admit(
     situation: &Situation,
     reservations: &Reservations,
     applicant: &Applicant,
-) -> Result<(), Refusal> {
+) -> Result<u64, Refusal> {
     let needs = u128::from(applicant.min_kb) + u128::from(situation.overhead_kb);
     let slush = u128::from(situation.slush_kb);
     let total = u128::from(situation.total_kb);
@@ -189,7 +192,7 @@ pub fn admit(
             reason,
         });
     }
-    let spoken_for = situation_spoken_for(situation, reservations, applicant);
+    let spoken_for = u128::from(reservations.outstanding_but(situation, Some(&applicant.name)));
     let available = u128::from(situation.available_kb);
     if needs + spoken_for + slush > available {
         let reason = format!(
@@ -207,7 +210,8 @@ pub fn admit(
     }
     let backed_percent = 100 - u128::from(applicant.unshare_risk_percent.min(100));
     let broken = u128::from(situation.saved_kb) * backed_percent / 100;
-    if needs + spoken_for + slush + broken > available {
+    let spare = available.checked_sub(needs + spoken_for + slush + broken);
+    let Some(spare) = spare else {
         let reason = format!(
             "if all sharing broke, {} more would be needed, and {backed_percent}% of that ({}) has to \
              be backed by memory (unshare risk {}%): with {} for {} that is more than the {} that are \
@@ -223,16 +227,23 @@ pub fn admit(
             may_pass: true,
             reason,
         });
-    }
-    Ok(())
+    };
+    let spare = u64::try_from(spare).unwrap_or(u64::MAX);
+    let room_kb = applicant.min_kb.saturating_add(spare);
+    Ok(room_kb.min(applicant.max_kb))
 }
 
-fn situation_spoken_for(
-    situation: &Situation,
-    reservations: &Reservations,
-    applicant: &Applicant,
-) -> u128 {
-    u128::from(reservations.outstanding_but(situation, Some(&applicant.name)))
+/// What an admitted VM is told of its maximum.
+pub fn room(applicant: &Applicant, room_kb: u64) -> String {
+    let max = long_kb(applicant.max_kb);
+    if applicant.max_kb <= applicant.min_kb {
+        String::new()
+    } else if room_kb >= applicant.max_kb {
+        format!("; its maximum of {max} is there now")
+    } else {
+        let room = long_kb(room_kb);
+        format!("; of its maximum of {max} {room} are there now, more only as others give it")
+    }
 }
 
 fn long(kb: u128) -> String {
@@ -324,6 +335,7 @@ mod tests {
         Applicant {
             name: name.to_owned(),
             min_kb,
+            max_kb: min_kb,
             unshare_risk_percent,
         }
     }
@@ -341,7 +353,7 @@ mod tests {
     fn minima_overheads_and_slush_have_to_fit() {
         let none = Reservations::default();
         let mut now = host(8 * G, 0, &[("a", 10 * G, 4 * G)]);
-        assert_eq!(admit(&now, &none, &wants("b", 6 * G, 100)), Ok(()));
+        assert!(admit(&now, &none, &wants("b", 6 * G, 100)).is_ok());
         let refused = admit(&now, &none, &wants("b", 6 * G + 1, 100)).unwrap_err();
         assert!(!refused.may_pass && refused.reason.contains("the minima do not fit"));
         now.slush_kb = 1;
@@ -349,9 +361,9 @@ mod tests {
         now.slush_kb = 0;
         now.overhead_kb = 1;
         assert!(admit(&now, &none, &wants("b", 6 * G - 1, 100)).is_err());
-        assert_eq!(admit(&now, &none, &wants("b", 6 * G - 2, 100)), Ok(()));
+        assert!(admit(&now, &none, &wants("b", 6 * G - 2, 100)).is_ok());
         // One that is asked for again is not counted twice.
-        assert_eq!(admit(&now, &none, &wants("a", 8 * G - 1, 100)), Ok(()));
+        assert!(admit(&now, &none, &wants("a", 8 * G - 1, 100)).is_ok());
     }
 
     #[test]
@@ -368,8 +380,8 @@ mod tests {
     fn sharing_that_breaks_has_to_be_backed_as_far_as_wanted() {
         let now = host(4 * G, 4 * G, &[("a", G, 12 * G)]);
         let none = Reservations::default();
-        assert_eq!(admit(&now, &none, &wants("b", 2 * G, 100)), Ok(()));
-        assert_eq!(admit(&now, &none, &wants("b", 2 * G, 50)), Ok(()));
+        assert!(admit(&now, &none, &wants("b", 2 * G, 100)).is_ok());
+        assert!(admit(&now, &none, &wants("b", 2 * G, 50)).is_ok());
         let refused = admit(&now, &none, &wants("b", 2 * G, 49)).unwrap_err();
         assert!(
             refused
@@ -380,17 +392,60 @@ mod tests {
     }
 
     #[test]
+    fn the_answer_says_what_of_the_maximum_is_there() {
+        let none = Reservations::default();
+        let grows = |max_kb, risk| Applicant {
+            max_kb,
+            ..wants("b", G, risk)
+        };
+        let mut now = host(4 * G, 2 * G, &[("a", G, 12 * G)]);
+        for (max_kb, risk, room_kb, said) in [
+            (G, 100, G, ""),
+            (3 * G, 100, 3 * G, "; its maximum of 3.0 GiB is there now"),
+            (
+                8 * G,
+                100,
+                4 * G,
+                "; of its maximum of 8.0 GiB 4.0 GiB are there",
+            ),
+            // What sharing that breaks would need is not there for it.
+            (
+                8 * G,
+                50,
+                3 * G,
+                "; of its maximum of 8.0 GiB 3.0 GiB are there",
+            ),
+            (
+                u64::MAX,
+                0,
+                2 * G,
+                " 2.0 GiB are there now, more only as others",
+            ),
+        ] {
+            let applicant = grows(max_kb, risk);
+            assert_eq!(admit(&now, &none, &applicant), Ok(room_kb), "{applicant:?}");
+            let told = room(&applicant, room_kb);
+            assert!(
+                told.contains(said) && told.is_empty() == said.is_empty(),
+                "{told}"
+            );
+        }
+        (now.overhead_kb, now.slush_kb) = (1, 2);
+        assert_eq!(admit(&now, &none, &grows(8 * G, 100)), Ok(4 * G - 3));
+    }
+
+    #[test]
     fn what_is_reserved_is_reserved() {
         let mut reservations = Reservations::default();
         reservations.put(kept("b", 3 * G));
         let now = host(4 * G, 0, &[("a", G, 12 * G)]);
         assert_eq!(reservations.outstanding_kb(&now), 3 * G);
         assert!(admit(&now, &reservations, &wants("c", 2 * G, 100)).is_err());
-        assert_eq!(admit(&now, &reservations, &wants("c", G, 100)), Ok(()));
+        assert!(admit(&now, &reservations, &wants("c", G, 100)).is_ok());
         // It starts: what it took is gone from what is available, and no longer kept.
         let half = host(2 * G, 0, &[("a", G, 12 * G), ("b", 0, 2 * G)]);
         assert_eq!(reservations.outstanding_kb(&half), G);
-        assert_eq!(admit(&half, &reservations, &wants("c", G, 100)), Ok(()));
+        assert!(admit(&half, &reservations, &wants("c", G, 100)).is_ok());
         assert!(admit(&half, &reservations, &wants("c", G + 1, 100)).is_err());
     }
 

@@ -30,12 +30,12 @@ const DELIMITER: u8 = 0xff;
 #[derive(Debug, Error)]
 pub enum AgentError {
     /// The socket.
-    #[error("guest agent at {path}: {source}")]
+    #[error("guest agent at {path}: {cause}")]
     Io {
         /// Which one.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Nobody answers in the guest.
     #[error("guest agent at {0}: no answer: does qemu-guest-agent run in the guest?")]
@@ -177,9 +177,9 @@ struct Socket {
 
 impl Socket {
     fn connect(path: &Path) -> Result<Self, AgentError> {
-        let failed = |source| AgentError::Io {
+        let failed = |cause| AgentError::Io {
             path: path.to_owned(),
-            source,
+            cause,
         };
         let stream = UnixStream::connect(path).map_err(failed)?;
         stream.set_write_timeout(Some(LIMIT)).map_err(failed)?;
@@ -206,17 +206,17 @@ impl Socket {
     fn send(&mut self, bytes: &[u8]) -> Result<(), AgentError> {
         self.stream
             .write_all(bytes)
-            .map_err(|source| AgentError::Io {
+            .map_err(|cause| AgentError::Io {
                 path: self.path.clone(),
-                source,
+                cause,
             })
     }
 
     /// What comes before a byte, which is passed over.
     fn read_to(&mut self, stop: u8, end: Instant) -> Result<Vec<u8>, AgentError> {
-        let failed = |source| AgentError::Io {
+        let failed = |cause| AgentError::Io {
             path: self.path.clone(),
-            source,
+            cause,
         };
         let mut bytes = [0; 4096];
         loop {

@@ -151,7 +151,8 @@ pub enum Command {
         /// Least memory that the VM can run with.
         #[arg(long, value_name = "SIZE", value_parser = size)]
         min: u64,
-        /// Most memory that it may get; the minimum where not given.
+        /// Most memory that it may get; the minimum where not given. The answer says how much of it
+        /// is there now; only the minimum is kept.
         #[arg(long, value_name = "SIZE", value_parser = size)]
         max: Option<u64>,
         /// Its name, as in the mount; the reservation ends when that VM has come.

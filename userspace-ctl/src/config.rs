@@ -5,13 +5,14 @@
 //! Sizes are strings with units. Every error names the line that it is about, and a key that is not
 //! known is one: a limit with a typing mistake must not be no limit.
 
+use crate::files;
 use crate::policy::PolicyKind;
+use crate::text::escape;
 use crate::units;
 use serde::de::{self, Deserializer, Visitor};
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,12 @@ use toml::Spanned;
 pub const PATH: &str = "etc/thinram/thinram.toml";
 /// What AMR's chunks and targets are multiples of, in KiB.
 pub const AMR_UNIT_KB: u64 = 64 << 10;
+
+/// More than any host's VMs take.
+const MOST_BYTES: u64 = 16 << 20;
+/// Longest name of a directory, and longest path of a socket (`sun_path` less its end), in bytes.
+const MOST_NAME: usize = 255;
+const MOST_SOCKET: usize = 107;
 
 const DEFAULT_SLUSH_KB: u64 = 9 << 10;
 const DEFAULT_INTERVAL_S: u64 = 10;
@@ -36,12 +43,12 @@ const DEFAULT_PRIORITY: u64 = 1;
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}: {cause}")]
     Read {
         /// Which one.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// It says something wrong.
     #[error("{path}:{line}: {message}")]
@@ -429,9 +436,9 @@ type Fault = (Range<usize>, String);
 impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let bytes = fs::read(path).map_err(|source| ConfigError::Read {
+        let bytes = files::read(path, MOST_BYTES).map_err(|cause| ConfigError::Read {
             path: path.to_owned(),
-            source,
+            cause,
         })?;
         let wrong = |line, message| ConfigError::Wrong {
             path: path.to_owned(),
@@ -452,10 +459,7 @@ impl Config {
     pub fn parse(text: &str) -> Result<Self, (usize, String)> {
         let raw: RawConfig = toml::from_str(text).map_err(|error| {
             let span = error.span().unwrap_or(0..0);
-            (
-                line_of(text, span.start),
-                error.message().trim().replace('\n', ", "),
-            )
+            (line_of(text, span.start), in_words(error.message()))
         })?;
         let mut config =
             Self::check(raw).map_err(|(span, message)| (line_of(text, span.start), message))?;
@@ -465,7 +469,7 @@ impl Config {
             #[serde(default)]
             vm: Vec<toml::Table>,
         }
-        let given: Given = toml::from_str(text).map_err(|error| (1, error.message().to_owned()))?;
+        let given: Given = toml::from_str(text).map_err(|error| (1, in_words(error.message())))?;
         for (vm, table) in config.vms.iter_mut().zip(given.vm) {
             vm.given = table
                 .iter()
@@ -510,6 +514,7 @@ impl Config {
         };
         let mut vms = Vec::with_capacity(raw.vm.len());
         let mut seen = HashMap::new();
+        let mut sockets = HashMap::new();
         for (nth, vm) in raw.vm.into_iter().enumerate() {
             let table = vm.span();
             let vm = vm.into_inner();
@@ -522,6 +527,17 @@ impl Config {
                     nth + 1
                 );
                 return Err((name, message));
+            }
+            for (key, socket) in [("qmp", &checked.qmp), ("agent", &checked.agent)] {
+                let Some(socket) = socket else { continue };
+                if let Some(other) = sockets.insert(socket.clone(), checked.name.clone()) {
+                    let message = format!(
+                        "VM `{}`: {key} ({}) is a socket of VM `{other}` as well: each serves one",
+                        checked.name,
+                        escape(socket.as_os_str().as_encoded_bytes())
+                    );
+                    return Err((name, message));
+                }
             }
             vms.push(checked);
         }
@@ -543,11 +559,17 @@ impl VmConfig {
     fn check(raw: RawVm, table: Range<usize>) -> Result<Self, Fault> {
         let name = raw.name.get_ref().clone();
         let named = raw.name.span();
-        if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
+        let odd = |c: char| c == '/' || c.is_control();
+        if name.is_empty() || name == "." || name == ".." || name.contains(odd) {
+            let name = escape(name.as_bytes());
             return Err((
                 named,
                 format!("`{name}` cannot be the name of a VM: it is a directory's"),
             ));
+        }
+        if name.len() > MOST_NAME {
+            let message = format!("a VM's name of {} bytes: {MOST_NAME} at most", name.len());
+            return Err((named, message));
         }
         let about = |message: String| format!("VM `{name}`: {message}");
 
@@ -628,7 +650,15 @@ impl VmConfig {
         }
         let socket = |key: &str, path: Option<Spanned<PathBuf>>| match path {
             Some(path) if !path.get_ref().is_absolute() => {
-                let message = format!("{key} (`{}`) is no absolute path", path.get_ref().display());
+                let shown = escape(path.get_ref().as_os_str().as_encoded_bytes());
+                let message = format!("{key} (`{shown}`) is no absolute path");
+                Err((path.span(), about(message)))
+            }
+            Some(path) if path.get_ref().as_os_str().len() > MOST_SOCKET => {
+                let length = path.get_ref().as_os_str().len();
+                let message = format!(
+                    "{key} is a path of {length} bytes: a socket's has {MOST_SOCKET} at most"
+                );
                 Err((path.span(), about(message)))
             }
             path => Ok(path.map(Spanned::into_inner)),
@@ -695,6 +725,18 @@ fn percent(
 ) -> Result<u64, Fault> {
     let value = value.map(|value| Spanned::new(value.span(), value.get_ref().0));
     within(key, value, default, 0, most)
+}
+
+/// What the parser says, for operators: in one line, and without Rust's types.
+fn in_words(message: &str) -> String {
+    message
+        .trim()
+        .replace('\n', ", ")
+        .replace("expected u64", "expected a whole number of 0 or more")
+        .replace(
+            "invalid type: map, expected a sequence",
+            "VMs are a list: write [[vm]]",
+        )
 }
 
 fn line_of(text: &str, at: usize) -> usize {
@@ -890,6 +932,45 @@ dynamic_max = "1.5G"
             "priority (0) is not within",
         );
         refused("cap = \"3G\"", "cap = [", 20, "unexpected");
+        refused(
+            "cap = \"3G\"",
+            "shares = -5",
+            19,
+            "expected a whole number of 0 or more",
+        );
+        refused(
+            "[[vm]]\nname = \"db\"",
+            "[vm]\nname = \"db\"",
+            22,
+            "duplicate key",
+        );
+        refused(
+            "\"web1\"",
+            "\"we\\nb1\"",
+            9,
+            "`we\\nb1` cannot be the name of a VM",
+        );
+        let long = "x".repeat(256);
+        refused(
+            "\"web1\"",
+            &format!("\"{long}\""),
+            9,
+            "256 bytes: 255 at most",
+        );
+        refused(
+            "/run/web1.qmp",
+            &format!("/run/{}", &long[..103]),
+            10,
+            "a path of 108 bytes: a socket's has 107 at most",
+        );
+        refused(
+            "name = \"db\"",
+            "name = \"db\"\nagent = \"/run/web1.qmp\"",
+            23,
+            "agent (/run/web1.qmp) is a socket of VM `web1` as well",
+        );
+        let (_, said) = Config::parse("[vm]\nname = \"a\"\n").unwrap_err();
+        assert!(said.contains("write [[vm]]"), "{said}");
         refused("chunk = \"128M\"", "amr = false", 18, "duplicate key");
     }
 

@@ -143,6 +143,9 @@ struct Admission {
     vm: String,
     min_kb: u64,
     max_kb: u64,
+    /// What of the maximum it could have now; absent where it was refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    room_kb: Option<u64>,
     /// Whether its minimum is kept for it.
     reserved: bool,
     hold_s: u64,
@@ -173,45 +176,50 @@ fn admit(cli: &Cli) -> anyhow::Result<()> {
         None => format!("unnamed-{}", std::process::id()),
     };
     let end = wait.map(|wait| Instant::now() + wait);
-    let (admitted, reserved, reason) = loop {
+    let (room_kb, reserved, reason) = loop {
         let waits = end.is_some_and(|end| Instant::now() < end);
         let request = Request::Admit {
             vm: vm.clone(),
             min_kb: *min,
+            max_kb,
             unshare_risk_percent: *unshare_risk,
             hold_s: hold.as_secs(),
             wait: waits,
         };
-        let (admitted, reserved, reason) = match api::ask(&cli.root, &request) {
+        let (room_kb, reserved, reason) = match api::ask(&cli.root, &request) {
             Ok(answer) => (
-                answer["admitted"].as_bool() == Some(true),
+                answer["room_kb"].as_u64(),
                 true,
                 answer["reason"].as_str().unwrap_or("").to_owned(),
             ),
             Err(ApiError::NotRunning(_)) => {
-                let now = situation(cli, config.as_deref())?;
-                let (now, by_config) = now;
+                let (now, by_config) = situation(cli, config.as_deref())?;
                 let applicant = Applicant {
                     name: vm.clone(),
                     min_kb: *min,
+                    max_kb,
                     unshare_risk_percent: unshare_risk.unwrap_or(by_config),
                 };
                 match admission::admit(&now, &Reservations::default(), &applicant) {
-                    Ok(()) => (
-                        true,
+                    Ok(room_kb) => (
+                        Some(room_kb),
                         false,
-                        "the daemon does not run, so nothing is kept for it".to_owned(),
+                        format!(
+                            "the daemon does not run, so nothing is kept for it{}",
+                            admission::room(&applicant, room_kb)
+                        ),
                     ),
-                    Err(refusal) => (false, false, refusal.reason),
+                    Err(refusal) => (None, false, refusal.reason),
                 }
             }
             Err(error) => return Err(error.into()),
         };
-        if admitted || !waits {
-            break (admitted, reserved && admitted, reason);
+        if room_kb.is_some() || !waits {
+            break (room_kb, reserved, reason);
         }
         thread::sleep(ASK_AGAIN);
     };
+    let admitted = room_kb.is_some();
     if !admitted {
         // What was kept while it waited; it lapses by itself soon where this fails.
         let _ = api::ask(&cli.root, &Request::Cancel { vm: vm.clone() });
@@ -221,7 +229,8 @@ fn admit(cli: &Cli) -> anyhow::Result<()> {
         vm: escape(vm.as_bytes()),
         min_kb: *min,
         max_kb,
-        reserved,
+        room_kb,
+        reserved: reserved && admitted,
         hold_s: hold.as_secs(),
         reason: reason.clone(),
     };
@@ -243,8 +252,8 @@ fn situation(cli: &Cli, given: Option<&Path>) -> anyhow::Result<(Situation, u64)
     let config = match Config::load(&path) {
         Ok(config) => config,
         // Without a configuration its defaults hold.
-        Err(ConfigError::Read { source, .. })
-            if given.is_none() && source.kind() == std::io::ErrorKind::NotFound =>
+        Err(ConfigError::Read { cause, .. })
+            if given.is_none() && cause.kind() == std::io::ErrorKind::NotFound =>
         {
             Config::default()
         }

@@ -43,6 +43,12 @@ figures! {
         cow_breaks,
         /// Write faults on pages that the scanner had protected.
         protect_faults,
+        /// 2 MiB pages that were split.
+        splits,
+        /// Pages of 4 KiB that splits gave back.
+        split_pages_gained,
+        /// Time that splits took, in us.
+        split_us,
         /// Pages that were compressed.
         compressions,
         /// Pages that were brought back.
@@ -61,6 +67,16 @@ figures! {
         metadata_bytes,
         /// CPU time of the scanner, in ms.
         scan_cpu_ms,
+        /// Time in each state since the module was loaded, in ms.
+        state_high_ms,
+        /// The same for `clear`.
+        state_clear_ms,
+        /// The same for `soft`.
+        state_soft_ms,
+        /// The same for `hard`.
+        state_hard_ms,
+        /// The same for `low`.
+        state_low_ms,
     }
 }
 

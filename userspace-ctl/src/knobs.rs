@@ -305,12 +305,12 @@ pub const KNOBS: &[Knob] = &[
 #[derive(Debug, ThisError, PartialEq, Eq)]
 pub enum BadValue {
     /// Not of the knob's kind.
-    #[error("{knob}: {source}")]
+    #[error("{knob}: {cause}")]
     Form {
         /// Name of the knob.
         knob: &'static str,
         /// What was wrong.
-        source: UnitError,
+        cause: UnitError,
     },
     /// A number outside of the range.
     #[error("{knob}: `{value}` is out of range: {range}")]
@@ -364,9 +364,9 @@ impl Knob {
     ///
     /// [`BadValue`], which names the value and what would be right.
     pub fn parse(&self, text: &str) -> Result<String, BadValue> {
-        let form = |source| BadValue::Form {
+        let form = |cause| BadValue::Form {
             knob: self.name,
-            source,
+            cause,
         };
         let value = match self.kind {
             Kind::Size => units::parse_kb(text).map_err(form)?,
@@ -624,11 +624,11 @@ mod tests {
     #[test]
     fn errnos_in_plain_words() {
         let said = |errno: rustix::io::Errno| {
-            let source = io::Error::from_raw_os_error(errno.raw_os_error());
+            let cause = io::Error::from_raw_os_error(errno.raw_os_error());
             let error = Error::Io {
                 path: "/x".into(),
                 doing: "write",
-                source,
+                cause,
             };
             host("max_page_sharing").explain("7", &error)
         };

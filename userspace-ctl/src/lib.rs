@@ -13,6 +13,7 @@ pub mod control;
 pub mod daemon;
 pub mod estimate;
 mod figures;
+mod files;
 pub mod guests;
 pub mod host;
 pub mod knobs;

@@ -11,7 +11,7 @@ const LEAST_WIDTH: usize = 20;
 /// Standard output failed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write the output: {0}")]
-struct OutputError(#[source] io::Error);
+struct OutputError(io::Error);
 
 /// Whether an error only says that the reader of standard output left.
 pub fn is_closed(error: &anyhow::Error) -> bool {

@@ -7,7 +7,7 @@ use crate::estimate::Estimate;
 use crate::guests::{render_guests, render_rates, RateRow};
 use crate::rates::{PerSecond, Rates};
 use crate::status::Status;
-use crate::text::wrap;
+use crate::text::paragraph;
 use crate::units::long_kb;
 use crate::vm::{Vm, VmName};
 use serde::Serialize;
@@ -58,10 +58,8 @@ impl Overview {
     pub fn render(&self, width: usize) -> String {
         let mut out = self.status.render(width);
         let opening = self.opening();
-        let lines = wrap(&opening, 2, width);
-        for line in lines.iter().filter(|_| !opening.is_empty()) {
-            out.push_str(line);
-            out.push('\n');
+        if !opening.is_empty() {
+            out.push_str(&paragraph(&opening, 2, width));
         }
         let rates = self.rate_rows();
         if !rates.is_empty() {
@@ -74,7 +72,7 @@ impl Overview {
             None => {
                 let none = "No daemon runs (thinramctl daemon): no balloon is moved, and what the \
                             guests say is not known.";
-                out.push_str(&(wrap(none, 2, width).join("\n") + "\n"));
+                out.push_str(&paragraph(none, 2, width));
             }
         }
         out

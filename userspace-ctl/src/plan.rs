@@ -5,7 +5,7 @@
 use crate::policy::Plan;
 use crate::snapshot::Snapshot;
 use crate::table::{self, Column};
-use crate::text::{escape, wrap};
+use crate::text::{escape, paragraph};
 use crate::units::short_kb;
 
 /// A table of sizes, and a line of reasons for each VM.
@@ -39,25 +39,14 @@ pub fn render(plan: &Plan, snapshot: &Snapshot, width: usize) -> String {
         .collect();
     let mut out = table::render(&columns, &rows, width);
     out.push('\n');
-    let mut lines: Vec<String> = plan
-        .targets
-        .iter()
-        .flat_map(|target| {
-            wrap(
-                &format!("{}: {}", escape(target.name.as_bytes()), target.reason),
-                2,
-                width,
-            )
-        })
-        .collect();
+    for target in &plan.targets {
+        let said = format!("{}: {}", escape(target.name.as_bytes()), target.reason);
+        out.push_str(&paragraph(&said, 2, width));
+    }
     if !plan.admission_ok {
         let said = "admission: refused, the sum of the dynamic minima and overheads is more than \
                     the host has";
-        lines.extend(wrap(said, 2, width));
-    }
-    for line in lines {
-        out.push_str(&line);
-        out.push('\n');
+        out.push_str(&paragraph(said, 2, width));
     }
     out
 }

@@ -8,11 +8,11 @@
 
 use crate::admission::Reservations;
 use crate::config::{self, Config, VmConfig};
+use crate::files;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
-use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 /// Value that takes a setting away, so that its default holds.
@@ -61,15 +61,7 @@ impl Runtime {
 
     /// Replaces the file, all at once.
     pub fn save(&self, path: &Path) -> io::Result<()> {
-        let new = path.with_extension("json.new");
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&new)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        fs::rename(new, path)
+        files::replace_private(path, self)
     }
 
     /// The configuration with what was told laid over it, and what of that does not fit any more.

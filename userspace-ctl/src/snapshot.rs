@@ -2,32 +2,35 @@
 
 //! What a policy decides from: the host and its guests at one time.
 
+use crate::files;
 use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
+
+/// More than the figures of any host take.
+const MOST_BYTES: u64 = 64 << 20;
 
 /// Why a snapshot cannot be used.
 #[derive(Debug, Error)]
 pub enum SnapshotError {
     /// The file cannot be read.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}: {cause}")]
     Read {
         /// Which one.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// It is no JSON, or not of this shape.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Json {
         /// Which file.
         path: PathBuf,
         /// What, and in which line and column.
-        source: serde_json::Error,
+        cause: serde_json::Error,
     },
     /// Two VMs of one name.
     #[error("{path}: there are two VMs named `{name}`")]
@@ -212,14 +215,14 @@ impl Figures {
 impl Snapshot {
     /// Reads a file.
     pub fn load(path: &Path) -> Result<Self, SnapshotError> {
-        let bytes = fs::read(path).map_err(|source| SnapshotError::Read {
+        let bytes = files::read(path, MOST_BYTES).map_err(|cause| SnapshotError::Read {
             path: path.to_owned(),
-            source,
+            cause,
         })?;
         let snapshot: Self =
-            serde_json::from_slice(&bytes).map_err(|source| SnapshotError::Json {
+            serde_json::from_slice(&bytes).map_err(|cause| SnapshotError::Json {
                 path: path.to_owned(),
-                source,
+                cause,
             })?;
         let mut seen = HashSet::new();
         match snapshot.vms.iter().find(|vm| !seen.insert(&vm.name)) {

@@ -6,7 +6,7 @@ use crate::host::Host;
 use crate::knobs::{Knob, Scope};
 use crate::sysfs::{Dir, Error};
 use crate::table::{self, Column};
-use crate::text::{escape, wrap};
+use crate::text::{escape, paragraph};
 use crate::units::{long_bytes, long_kb, short_kb};
 use crate::vm::{SumCheck, Vm, STATES};
 use serde::Serialize;
@@ -51,19 +51,13 @@ impl Status {
     /// The whole screen, no line wider than `width`.
     pub fn render(&self, width: usize) -> String {
         let mut out = String::new();
-        for line in self
-            .host_lines()
-            .iter()
-            .flat_map(|line| wrap(line, LABEL, width))
-        {
-            out.push_str(&line);
-            out.push('\n');
+        for line in self.host_lines() {
+            out.push_str(&paragraph(&line, LABEL, width));
         }
         out.push('\n');
         out.push_str(&self.render_vms(width));
-        for line in self.notes().iter().flat_map(|note| wrap(note, 2, width)) {
-            out.push_str(&line);
-            out.push('\n');
+        for note in self.notes() {
+            out.push_str(&paragraph(&note, 2, width));
         }
         out
     }
@@ -161,6 +155,30 @@ impl Status {
             &[counted(figures.cow_breaks, "copies on write")],
             "",
         );
+        line(
+            "split",
+            &[
+                counted(figures.splits, "2 MiB pages"),
+                figures
+                    .split_pages_gained
+                    .map(|pages| format!("{} gained", long_kb(pages.saturating_mul(4)))),
+            ],
+            ", ",
+        );
+        line(
+            "zipped",
+            &[
+                counted(figures.compressions, "pages compressed"),
+                counted(figures.decompressions, "brought back"),
+                figures
+                    .shared_compressed_kb
+                    .map(|kb| format!("shared pages {}", long_kb(kb))),
+                figures
+                    .shared_swapped_kb
+                    .map(|kb| format!("swapped {}", long_kb(kb))),
+            ],
+            ", ",
+        );
         let refused: Vec<Option<String>> = refusals
             .iter()
             .filter(|(_, count)| **count > 0)
@@ -174,26 +192,26 @@ impl Status {
     pub fn render_vms(&self, width: usize) -> String {
         if self.vms.is_empty() {
             let none = "No VM: start a guest on a directory of a mount (mount -t thinram).";
-            return wrap(none, 0, width).join("\n") + "\n";
+            return paragraph(none, 0, width);
         }
         let used = |name: &str| {
             self.vms
                 .iter()
                 .any(|vm| vm.figures.get(name).unwrap_or(0) > 0)
         };
-        let mut columns = vec![Column::text("VM", 12, 0), Column::text("domain", 8, 6)];
+        let mut columns = vec![Column::text("VM", 12, 0), Column::text("domain", 8, 5)];
         let mut names = Vec::new();
         for (title, rank, name, always) in [
             ("size", 0, "size_kb", true),
             ("resident", 0, "resident_kb", true),
             ("private", 7, "private_kb", true),
             ("shared", 1, "shared_kb", true),
-            ("zero", 5, "zero_kb", true),
+            ("zero", 6, "zero_kb", true),
             ("empty", 9, "empty_kb", true),
             ("huge", 8, "huge_kb", false),
-            ("zipped", 3, "compressed_kb", false),
-            ("swapped", 2, "swapped_kb", false),
-            ("active", 4, "active_kb", false),
+            ("zipped", 3, "compressed_kb", true),
+            ("swapped", 2, "swapped_kb", true),
+            ("active", 4, "active_kb", true),
         ] {
             if always || used(name) {
                 columns.push(Column::number(title, rank));
@@ -291,11 +309,15 @@ pub fn render_vm(vm: &Vm, host: &Host, width: usize) -> String {
     if let Some(pid) = figures.owner_pid.filter(|pid| *pid > 0) {
         head.push_str(&format!(", owner pid {pid}"));
     }
-    let mut out = wrap(&head, 2, width).join("\n") + "\n\n";
+    let mut out = paragraph(&head, 2, width) + "\n";
 
     let mut sizes = Vec::new();
     let mut add = |label: &str, kb: Option<u64>| {
-        let Some(kb) = kb else { return };
+        let Some(kb) = kb else {
+            let absent = [label, ABSENT, ABSENT, ""];
+            sizes.push(absent.map(str::to_owned).to_vec());
+            return;
+        };
         let part = figures.size_kb.filter(|size| *size > 0).map(|size| {
             let percent = (u128::from(kb) * 100 + u128::from(size) / 2) / u128::from(size);
             format!("{percent}%")
@@ -333,10 +355,7 @@ pub fn render_vm(vm: &Vm, host: &Host, width: usize) -> String {
         }
         Some(check) => format!("sum check: {}", check.sentence()),
     };
-    for line in wrap(&check, 2, width) {
-        out.push_str(&line);
-        out.push('\n');
-    }
+    out.push_str(&paragraph(&check, 2, width));
 
     let events: Vec<Vec<String>> = [
         "faults",
@@ -351,16 +370,18 @@ pub fn render_vm(vm: &Vm, host: &Host, width: usize) -> String {
         "stall_us",
     ]
     .iter()
-    .filter_map(|name| Some(vec![(*name).to_owned(), figures.get(name)?.to_string()]))
+    .map(|name| {
+        let count = figures.get(name);
+        let shown = count.map_or_else(|| ABSENT.to_owned(), |count| count.to_string());
+        vec![(*name).to_owned(), shown]
+    })
     .collect();
-    if !events.is_empty() {
-        out.push('\n');
-        out.push_str(&table::render(
-            &[Column::text("events", 17, 0), Column::number("count", 0)],
-            &events,
-            width,
-        ));
-    }
+    out.push('\n');
+    out.push_str(&table::render(
+        &[Column::text("events", 17, 0), Column::number("count", 0)],
+        &events,
+        width,
+    ));
 
     let knobs: Vec<Vec<String>> = Knob::all(Scope::Vm)
         .filter_map(|knob| {

@@ -27,14 +27,14 @@ pub enum Error {
     #[error("{0} is gone: the VM ended")]
     Gone(String),
     /// The system refused.
-    #[error("cannot {doing} {path}: {source}")]
+    #[error("cannot {doing} {path}: {cause}")]
     Io {
         /// Which file, escaped.
         path: String,
         /// `read`, `list` or `write`.
         doing: &'static str,
         /// Its error.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Longer than any file of the module.
     #[error("{0} is longer than {MAX_BYTES} bytes: not a file of thinram")]
@@ -85,7 +85,7 @@ impl Error {
     /// The error number, where the system gave one.
     pub fn errno(&self) -> Option<i32> {
         match self {
-            Self::Io { source, .. } => source.raw_os_error(),
+            Self::Io { cause, .. } => cause.raw_os_error(),
             _ => None,
         }
     }
@@ -114,7 +114,7 @@ impl Dir {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 Err(Error::NotLoaded(shown_path(&path)))
             }
-            Err(source) => Err(io_error(&path, "read", source)),
+            Err(cause) => Err(io_error(&path, "read", cause)),
         }
     }
 
@@ -149,11 +149,11 @@ impl Dir {
         let entries = match fs::read_dir(&self.path) {
             Ok(entries) => entries,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(source) => return Err(io_error(&self.path, "list", source)),
+            Err(cause) => return Err(io_error(&self.path, "list", cause)),
         };
         let mut names = Vec::new();
         for entry in entries {
-            let entry = entry.map_err(|source| io_error(&self.path, "list", source))?;
+            let entry = entry.map_err(|cause| io_error(&self.path, "list", cause))?;
             // An entry whose type cannot be told has just gone.
             if fs::metadata(entry.path()).is_ok_and(|meta| meta.is_dir() == dirs) {
                 names.push(entry.file_name());
@@ -181,7 +181,7 @@ impl Dir {
             Err(error) if error.raw_os_error() == Some(ENODEV) => {
                 return Err(Error::Gone(shown_path(&path)))
             }
-            Err(source) => return Err(io_error(&path, "read", source)),
+            Err(cause) => return Err(io_error(&path, "read", cause)),
         }
         match String::from_utf8(bytes) {
             Ok(mut text) => {
@@ -281,15 +281,15 @@ impl Dir {
             Err(error) if error.raw_os_error() == Some(ENODEV) => {
                 Err(Error::Gone(shown_path(&path)))
             }
-            Err(source) => Err(io_error(&path, "write", source)),
+            Err(cause) => Err(io_error(&path, "write", cause)),
         }
     }
 }
 
-fn io_error(path: &Path, doing: &'static str, source: io::Error) -> Error {
+fn io_error(path: &Path, doing: &'static str, cause: io::Error) -> Error {
     Error::Io {
         path: shown_path(path),
         doing,
-        source,
+        cause,
     }
 }

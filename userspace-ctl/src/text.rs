@@ -84,6 +84,11 @@ pub fn wrap(text: &str, indent: usize, columns: usize) -> Vec<String> {
         .collect()
 }
 
+/// The same as a text, each line with its end.
+pub fn paragraph(text: &str, indent: usize, columns: usize) -> String {
+    wrap(text, indent, columns).join("\n") + "\n"
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,21 +3,26 @@
 //! Recorded snapshots, one JSON object a line, and what a policy would have made of them.
 
 use crate::config::Config;
+use crate::files;
 use crate::policy::{self, Asked, Plan, PolicyKind};
 use crate::snapshot::Snapshot;
 use crate::table::{self, Column};
-use crate::text::{escape, wrap};
+use crate::text::{escape, paragraph};
 use crate::units::short_kb;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
+
+/// More than a year of a host at a line each 10 s.
+const MOST_BYTES: u64 = 4 << 30;
 
 /// Reads a trace. A last line without an end is one that was being written, and is passed over. An
 /// error is a sentence.
 pub fn load(path: &Path) -> Result<Vec<Snapshot>, String> {
     let shown = escape(path.as_os_str().as_encoded_bytes());
-    let text = fs::read_to_string(path).map_err(|error| format!("cannot read {shown}: {error}"))?;
+    let bytes = files::read(path, MOST_BYTES);
+    let bytes = bytes.map_err(|error| format!("cannot read {shown}: {error}"))?;
+    let text = String::from_utf8(bytes).map_err(|_| format!("{shown} is no UTF-8 text"))?;
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     let mut trace: Vec<Snapshot> = Vec::new();
     for (nth, line) in whole.lines().enumerate() {
@@ -180,10 +185,7 @@ pub fn render(replay: &Replay, width: usize) -> String {
         replay.steps.len()
     );
     out.push('\n');
-    for line in wrap(&said, 0, width) {
-        out.push_str(&line);
-        out.push('\n');
-    }
+    out.push_str(&paragraph(&said, 0, width));
     out
 }
 
@@ -191,6 +193,7 @@ pub fn render(replay: &Replay, width: usize) -> String {
 mod tests {
     use super::*;
     use crate::snapshot::{HostSample, VmSample};
+    use std::fs;
 
     const G: u64 = 1 << 20;
 

@@ -83,6 +83,8 @@ pub enum Request {
         vm: String,
         /// Least that it can run with.
         min_kb: u64,
+        /// Most that it may get.
+        max_kb: u64,
         /// Part of all sharing breaking that need not be backed; the configuration's where not given.
         unshare_risk_percent: Option<u64>,
         /// How long it is kept.
@@ -109,6 +111,8 @@ pub enum Reply {
     Admission {
         /// It may.
         admitted: bool,
+        /// What of its maximum it could have now.
+        room_kb: Option<u64>,
         /// Why not, or what is kept.
         reason: String,
     },
@@ -268,12 +272,12 @@ pub enum ApiError {
     #[error("not allowed to ask the daemon: run as root")]
     NotAllowed,
     /// The connection broke.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Io {
         /// The socket.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// It refused.
     #[error("{0}")]
@@ -290,9 +294,9 @@ enum Envelope<T> {
 /// Asks the daemon.
 pub fn ask(root: &Path, request: &Request) -> Result<Value, ApiError> {
     let path = socket_path(root);
-    let failed = |source: io::Error| ApiError::Io {
+    let failed = |cause: io::Error| ApiError::Io {
         path: path.clone(),
-        source,
+        cause,
     };
     let stream = UnixStream::connect(&path).map_err(|error| match error.kind() {
         ErrorKind::NotFound | ErrorKind::ConnectionRefused => ApiError::NotRunning(path.clone()),

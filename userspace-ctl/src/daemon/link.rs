@@ -16,6 +16,11 @@ use std::time::{Duration, Instant};
 const LIMIT: Duration = Duration::from_secs(3);
 /// Pause between two questions.
 const PAUSE: Duration = Duration::from_secs(1);
+/// The same for libvirt, where each is a process: while an order is carried out, and otherwise.
+const VIRSH_PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(6));
+/// How long after an order libvirt is asked more often. A balloon that does not move meanwhile is
+/// told again only after a while.
+const VIRSH_BUSY: Duration = Duration::from_secs(30);
 /// How long orders and the balloon's own news wait for each other.
 const SLICE: Duration = Duration::from_millis(200);
 /// Seconds between two reports of the guest's driver.
@@ -194,10 +199,13 @@ impl Remote {
     }
 
     /// Pause between two looks: a command of virsh costs more than a line to QEMU.
-    fn pause(&self) -> Duration {
+    fn pause(&self, ordered: Option<Instant>) -> Duration {
         match self {
             Self::Qmp(_) => PAUSE,
-            Self::Libvirt(_) => 2 * PAUSE,
+            Self::Libvirt(_) if ordered.is_some_and(|at| at.elapsed() < VIRSH_BUSY) => {
+                VIRSH_PAUSE.0
+            }
+            Self::Libvirt(_) => VIRSH_PAUSE.1,
         }
     }
 }
@@ -255,6 +263,7 @@ enum Talk {
 /// Asks and orders until the connection breaks.
 fn talk(mut remote: Remote, way: &Way, seen: &Mutex<Seen>, inbox: &Receiver<u64>) -> Talk {
     let mut worked = false;
+    let mut ordered = None;
     let broke = |failure: Failure, worked| Talk::Broke {
         error: failure.said,
         worked,
@@ -268,11 +277,11 @@ fn talk(mut remote: Remote, way: &Way, seen: &Mutex<Seen>, inbox: &Receiver<u64>
             Err(failure) if failure.goes_on => lock(seen).error = Some(failure.said),
             Err(failure) => return broke(failure, worked),
         }
-        let until = Instant::now() + remote.pause();
-        while Instant::now() < until {
+        let looked = Instant::now();
+        while looked.elapsed() < remote.pause(ordered) {
             match inbox.try_recv() {
                 Ok(kb) => match remote.set_kb(kb) {
-                    Ok(()) => {}
+                    Ok(()) => ordered = Some(Instant::now()),
                     Err(failure) if failure.goes_on => {
                         say(Level::Warning, &format!("{way}: {}", failure.said));
                         lock(seen).error = Some(failure.said);

@@ -63,6 +63,7 @@ impl Daemon {
             Request::Admit {
                 vm,
                 min_kb,
+                max_kb,
                 unshare_risk_percent,
                 hold_s,
                 wait,
@@ -70,6 +71,7 @@ impl Daemon {
                 let applicant = Applicant {
                     name: vm,
                     min_kb,
+                    max_kb,
                     unshare_risk_percent: unshare_risk_percent
                         .unwrap_or(self.config.host.unshare_risk_percent),
                 };
@@ -227,12 +229,13 @@ impl Daemon {
         let mut until_s = Self::clock_s() + hold_s as f64;
         let outcome = admission::admit(&situation, &self.runtime.reservations, applicant);
         let name = escape(applicant.name.as_bytes());
-        let (admitted, reason) = match outcome {
-            Ok(()) => (
-                true,
+        let (room_kb, reason) = match outcome {
+            Ok(room_kb) => (
+                Some(room_kb),
                 format!(
-                    "{} are kept for {name} for {hold_s} s",
-                    long_kb(applicant.min_kb.saturating_add(situation.overhead_kb))
+                    "{} are kept for {name} for {hold_s} s{}",
+                    long_kb(applicant.min_kb.saturating_add(situation.overhead_kb)),
+                    admission::room(applicant, room_kb)
                 ),
             ),
             Err(refusal) => {
@@ -241,12 +244,14 @@ impl Daemon {
                 if !(wait && refusal.may_pass) {
                     return Ok(Reply::Admission {
                         admitted: false,
+                        room_kb: None,
                         reason: refusal.reason,
                     });
                 }
-                (false, refusal.reason)
+                (None, refusal.reason)
             }
         };
+        let admitted = room_kb.is_some();
         let known = self.runtime.reservations.get(&applicant.name);
         if known.is_none_or(|known| admitted != known.admitted) {
             say(
@@ -265,7 +270,11 @@ impl Daemon {
             admitted,
         });
         self.store();
-        Ok(Reply::Admission { admitted, reason })
+        Ok(Reply::Admission {
+            admitted,
+            room_kb,
+            reason,
+        })
     }
 
     /// Ends the reservations that are over; what the others still keep.

@@ -16,9 +16,9 @@ use std::time::Instant;
 
 /// Makes the socket; one that nobody answers on any more is replaced.
 pub(super) fn listen(path: &PathBuf) -> Result<UnixListener, DaemonError> {
-    let failed = |source| DaemonError::Listen {
+    let failed = |cause| DaemonError::Listen {
         path: path.clone(),
-        source,
+        cause,
     };
     if UnixStream::connect(path).is_ok() {
         return Err(DaemonError::Running(path.clone()));

@@ -13,13 +13,12 @@ mod pages;
 
 pub use pages::{read_vm, Memory, PAGE};
 
+use crate::files;
 use crate::table::{self, Column};
-use crate::text::wrap;
+use crate::text::paragraph;
 use crate::units::{long_kb, short_kb};
 use serde::{Deserialize, Serialize};
-use std::fs::{self, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Hashes that are kept.
@@ -239,17 +238,8 @@ impl Estimate {
 
     /// Keeps it for `status`.
     pub fn save(&self, root: &Path) -> std::io::Result<()> {
-        let path = path(root);
-        let new = path.with_extension("json.new");
         // Who has what in common with whom is nobody's business but root's.
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&new)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        fs::rename(new, path)
+        files::replace_private(&path(root), self)
     }
 
     /// What opening a VM's domain of its own would save.
@@ -312,10 +302,7 @@ impl Estimate {
             }
         );
         out.push('\n');
-        for line in wrap(&said, 0, width) {
-            out.push_str(&line);
-            out.push('\n');
-        }
+        out.push_str(&paragraph(&said, 0, width));
         out
     }
 }

@@ -27,8 +27,6 @@ struct Member<'a> {
     right: u64,
     demand: u64,
     pressure: u64,
-    /// How much more it may give in this step.
-    may_give: u64,
     gave: Vec<String>,
     got: Vec<String>,
 }
@@ -133,17 +131,14 @@ impl<'a> Member<'a> {
             right,
             demand: guest.demand_kb(),
             pressure: guest.figures.pressure_percent(),
-            may_give: config.chunk_kb,
             gave: Vec::new(),
             got: Vec::new(),
         })
     }
 
-    /// What its right and its chunk let it give.
+    /// What its right lets it give.
     fn can_give(&self) -> u64 {
-        self.size
-            .saturating_sub(self.right.max(self.least))
-            .min(self.may_give)
+        self.size.saturating_sub(self.right.max(self.least))
     }
 
     /// What it does not need itself.
@@ -154,7 +149,6 @@ impl<'a> Member<'a> {
     fn give(&mut self, kb: u64, to: &str) {
         if kb > 0 {
             self.size -= kb;
-            self.may_give -= kb;
             self.gave.push(format!("gives {} to {to}", long_kb(kb)));
         }
     }

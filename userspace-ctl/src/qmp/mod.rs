@@ -33,20 +33,20 @@ const BUSY_PAUSE: Duration = Duration::from_millis(20);
 #[derive(Debug, Error)]
 pub enum QmpError {
     /// Nobody listens, or not for us.
-    #[error("cannot connect to {path}: {source}")]
+    #[error("cannot connect to {path}: {cause}")]
     Connect {
         /// The socket.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The socket broke.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Io {
         /// The socket.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// No answer in time.
     #[error("{path}: no answer to {command} within {}.{:03} s", .limit.as_secs(), .limit.subsec_millis())]
@@ -148,9 +148,9 @@ impl Client {
     /// Connects and negotiates; every later call is given `limit` as well.
     pub fn connect(path: &Path, limit: Duration) -> Result<Self, QmpError> {
         let deadline = Instant::now() + limit;
-        let stream = connect_by(path, deadline).map_err(|source| QmpError::Connect {
+        let stream = connect_by(path, deadline).map_err(|cause| QmpError::Connect {
             path: path.to_owned(),
-            source,
+            cause,
         })?;
         let mut client = Self {
             path: path.to_owned(),
@@ -345,14 +345,14 @@ impl Client {
         }
     }
 
-    fn io(&self, source: io::Error) -> QmpError {
-        match source.kind() {
+    fn io(&self, cause: io::Error) -> QmpError {
+        match cause.kind() {
             ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => QmpError::Closed {
                 path: self.path.clone(),
             },
             _ => QmpError::Io {
                 path: self.path.clone(),
-                source,
+                cause,
             },
         }
     }

@@ -131,13 +131,37 @@ fn status_of_a_module_with_few_files() {
     assert_eq!(
         ok(&tree, &["status"]),
         "scanner   running\n\n\
-         VM    domain  size  resident  private  shared  zero  empty  saved\n\
-         web1  -          -         -        -       -     -      -      -\n\n\
+         VM    domain  size  resident  shared  zero  zipped  swapped  active  saved\n\
+         web1  -          -         -       -     -       -        -       -      -\n\
+         (no room for: private, empty)\n\n\
          No daemon runs (thinramctl daemon): no balloon is moved, and what the guests say\n  \
          is not known.\n"
     );
     let json = json_of(&tree, &["--json", "status"]);
     assert_eq!(json, json!({"host": {"run": 1}, "vms": [{"name": "web1"}]}));
+}
+
+#[test]
+fn what_a_module_lacks_is_a_dash() {
+    let tree = Tree::full();
+    for name in ["swap_ins", "swap_outs", "active_kb"] {
+        let _ = fs::remove_file(tree.dir().join("vms/web1").join(name));
+    }
+    let shown = ok(&tree, &["vm", "show", "web1"]);
+    for label in ["swap_ins", "swap_outs", "active"] {
+        let line = shown
+            .lines()
+            .find(|line| line.trim_start().starts_with(label));
+        let cells: Vec<&str> = line.unwrap_or("").split_whitespace().skip(1).collect();
+        assert!(
+            !cells.is_empty() && cells.iter().all(|cell| *cell == "-"),
+            "{shown}"
+        );
+    }
+    tree.write("vms/web1/swap_ins", "12\n");
+    let shown = ok(&tree, &["vm", "show", "web1"]);
+    assert!(shown.lines().any(|line| line.ends_with("12")), "{shown}");
+    assert!(json_of(&tree, &["vm", "show", "web1", "--json"])["swap_outs"].is_null());
 }
 
 #[test]
@@ -771,4 +795,35 @@ fn completions_and_manual_pages() {
         complaint.contains("cannot write manual pages"),
         "{complaint}"
     );
+}
+
+#[test]
+fn an_error_is_said_once_and_nothing_endless_is_read() {
+    let tree = Tree::empty();
+    for args in [
+        &["check", "--config", "/nonexistent"][..],
+        &["replay", "/nonexistent", "--config", "/dev/null"],
+        &[
+            "plan",
+            "--config",
+            "/dev/null",
+            "--snapshot",
+            "/nonexistent",
+        ],
+    ] {
+        assert_eq!(
+            fails(&tree, 1, args),
+            "thinramctl: cannot read /nonexistent: No such file or directory (os error 2)\n"
+        );
+    }
+    for args in [
+        &["check", "--config", "/dev/zero"][..],
+        &["plan", "--config", "/dev/null", "--snapshot", "/dev/zero"],
+    ] {
+        let complaint = fails(&tree, 1, args);
+        assert!(
+            complaint.contains("/dev/zero: it is longer than"),
+            "{complaint}"
+        );
+    }
 }
