@@ -149,8 +149,8 @@ pub enum Command {
     /// backed. Without a daemon nothing can be kept for it.
     Admit {
         /// Least memory that the VM can run with.
-        #[arg(long, value_name = "SIZE", value_parser = size)]
-        min: u64,
+        #[arg(long, value_name = "SIZE", value_parser = size, required_unless_present = "cancel")]
+        min: Option<u64>,
         /// Most memory that it may get; the minimum where not given. The answer says how much of it
         /// is there now; only the minimum is kept.
         #[arg(long, value_name = "SIZE", value_parser = size)]

@@ -154,7 +154,7 @@ struct Admission {
 
 fn admit(cli: &Cli) -> anyhow::Result<()> {
     let Command::Admit {
-        min,
+        min: Some(min),
         max,
         vm,
         wait,

@@ -6,7 +6,7 @@
 
 use crate::rates::{short_rate, PerSecond};
 use crate::table::{self, Column};
-use crate::text::{escape, wrap};
+use crate::text::{escape, harmless, paragraph, wrap};
 use crate::units::{long_kb, short_kb};
 use serde_json::Value;
 
@@ -183,11 +183,7 @@ pub fn render_guests(report: &Value, width: usize) -> String {
     let mut lines = Vec::new();
     for guest in guests {
         if let Some(error) = guest["error"].as_str() {
-            lines.push(format!(
-                "{}: {}",
-                text(&guest["name"]),
-                escape(error.as_bytes())
-            ));
+            lines.push(format!("{}: {}", text(&guest["name"]), harmless(error)));
         }
     }
     for kept in report["reservations"].as_array().into_iter().flatten() {
@@ -203,7 +199,8 @@ pub fn render_guests(report: &Value, width: usize) -> String {
     for found in report["found"].as_array().into_iter().flatten() {
         let pid = found["owner_pid"].as_u64();
         let pid = pid.map_or_else(String::new, |pid| format!(" (pid {pid})"));
-        let name = text(&found["name"]);
+        // Escaped already: it is the module's, as it is shown.
+        let name = harmless(found["name"].as_str().unwrap_or(ABSENT));
         lines.push(format!(
             "{name}{pid} runs and is left alone: thinramctl vm add {name} dynamic_min=SIZE \
              dynamic_max=SIZE"
@@ -223,12 +220,9 @@ pub fn render_guests(report: &Value, width: usize) -> String {
         );
     }
     if let Some(trouble) = report["trouble"].as_str() {
-        lines.push(escape(trouble.as_bytes()));
+        lines.push(harmless(trouble));
     }
-    for line in lines.iter().flat_map(|line| wrap(line, 2, width)) {
-        out.push_str(&line);
-        out.push('\n');
-    }
+    out.extend(lines.iter().map(|line| paragraph(line, 2, width)));
     out
 }
 
@@ -280,6 +274,18 @@ pub fn render_guest(guest: &Value, width: usize) -> String {
             ),
         ),
         (
+            "paging",
+            format!(
+                "page cache {}, swapped in {}, out {}, major faults {}",
+                kb(&guest["guest_caches_kb"]),
+                kb(&guest["guest_swap_in_kb"]),
+                kb(&guest["guest_swap_out_kb"]),
+                guest["guest_major_faults"]
+                    .as_u64()
+                    .map_or_else(|| ABSENT.to_owned(), |faults| faults.to_string()),
+            ),
+        ),
+        (
             "AMR",
             format!("{}, chunk {}", switch(&guest["amr"]), kb(&guest["chunk_kb"])),
         ),
@@ -296,20 +302,15 @@ pub fn render_guest(guest: &Value, width: usize) -> String {
         ),
     ];
     if let Some(reason) = guest["reason"].as_str() {
-        lines.push(("why", escape(reason.as_bytes())));
+        lines.push(("why", harmless(reason)));
     }
     if let Some(error) = guest["error"].as_str() {
-        lines.push(("wrong", escape(error.as_bytes())));
+        lines.push(("wrong", harmless(error)));
     }
-    let mut out = String::new();
-    for line in lines
-        .iter()
-        .flat_map(|(label, line)| wrap(&format!("{label:10}{line}"), 10, width))
-    {
-        out.push_str(&line);
-        out.push('\n');
-    }
-    out
+    let lines = lines.iter();
+    lines
+        .map(|(label, line)| paragraph(&format!("{label:10}{line}"), 10, width))
+        .collect()
 }
 
 /// The decisions about a guest, the last one first.
@@ -334,7 +335,7 @@ pub fn render_decisions(answer: &Value, width: usize) -> String {
             kb("current_kb"),
             kb("wanted_kb"),
             kb("aim_kb"),
-            text(&decision["reason"]),
+            harmless(decision["reason"].as_str().unwrap_or(ABSENT)),
         );
         let sample = &decision["sample"];
         let inputs: Vec<String> = [

@@ -32,6 +32,22 @@ pub fn escape(bytes: &[u8]) -> String {
     out
 }
 
+/// Makes a sentence of ours safe to show, in which names are escaped already: what a terminal would
+/// act on, or a reader would not see, becomes `\n` or `\u{N}`.
+pub fn harmless(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match (c, c.width()) {
+            ('\n', _) => out.push_str("\\n"),
+            (c, None | Some(0)) => {
+                let _ = write!(out, "\\u{{{:x}}}", u32::from(c));
+            }
+            (c, Some(_)) => out.push(c),
+        }
+    }
+    out
+}
+
 /// Columns that a text takes on a terminal.
 pub fn width(text: &str) -> usize {
     text.width()
@@ -105,6 +121,14 @@ mod tests {
             escape("a\u{202e}b\u{200b}".as_bytes()),
             "a\\u{202e}b\\u{200b}"
         );
+    }
+
+    #[test]
+    fn sentences_are_escaped_once() {
+        let said = format!("no VM named {}: `web…`", escape(b"a\x1b\\"));
+        assert_eq!(said, "no VM named a\\x1b\\\\: `web…`");
+        assert_eq!(harmless(&said), said);
+        assert_eq!(harmless("a\x1b[31m\n\u{202e}"), "a\\u{1b}[31m\\n\\u{202e}");
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub struct Seen {
     pub sample: VmSample,
     /// Read from the guest's swap since it started.
     pub swap_in_kb: Option<u64>,
-    /// Faults on pages that the module had taken away.
+    /// Faults on pages that had been taken away, or that the guest had dropped and read again.
     pub refaults: Option<u64>,
     /// Memory that it has without holding it: shared, or known to be zero.
     pub shared_kb: Option<u64>,
@@ -406,7 +406,7 @@ fn shape(
     }
     if let Some(keep) = guest.keeps(now_s).filter(|keep| *keep > kb) {
         kb = keep.min(vm.ceiling_kb());
-        why.push_str("; it swapped when memory was taken, so it keeps what it had");
+        why.push_str("; it swapped or refaulted when memory was taken, so it keeps what it had");
     }
     let current = guest.current_kb();
     let outside = current < vm.dynamic_min_kb || current > vm.ceiling_kb();

@@ -242,6 +242,14 @@ pub struct GuestReport {
     pub guest_free_kb: Option<u64>,
     /// What its programs could still get.
     pub guest_available_kb: Option<u64>,
+    /// Its page cache.
+    pub guest_caches_kb: Option<u64>,
+    /// Read from its swap since it started.
+    pub guest_swap_in_kb: Option<u64>,
+    /// Written to its swap since it started.
+    pub guest_swap_out_kb: Option<u64>,
+    /// Faults that had to read since it started.
+    pub guest_major_faults: Option<u64>,
     /// What its programs use, an estimate.
     pub committed_kb: Option<u64>,
     /// That in percent of what it sees.

@@ -28,7 +28,7 @@ use crate::rates::Rates;
 use crate::runtime::{self, Runtime};
 use crate::snapshot::{HostSample, VmSample};
 use crate::sysfs::Dir;
-use crate::text::escape;
+use crate::text::harmless;
 use crate::units::{exact_kb, long_kb};
 use crate::vm::{Vm, VmName};
 use http::Http;
@@ -93,12 +93,7 @@ enum Level {
 fn say(level: Level, message: &str) {
     use std::io::Write;
     // There is nobody to tell that telling failed.
-    let _ = writeln!(
-        io::stderr(),
-        "<{}>{}",
-        level as u8,
-        escape(message.as_bytes())
-    );
+    let _ = writeln!(io::stderr(), "<{}>{}", level as u8, harmless(message));
 }
 
 struct Daemon {
@@ -480,15 +475,16 @@ impl Daemon {
         }
     }
 
-    /// Writes a VM's cap to the module, once.
+    /// Writes a VM's cap to the module: once, and again when a new VM of that name has no limit.
     fn cap(&mut self, dir: &Dir, config: &VmConfig, vm: &Vm) {
         let Some(cap) = config.cap_kb else { return };
-        let has = vm.knobs.get("limit_kb");
-        if has.is_none() || self.caps.get(&config.name) == Some(&cap) {
+        let Some(has) = vm.knobs.get("limit_kb") else {
             return;
-        }
-        self.caps.insert(config.name.clone(), cap);
-        if has.is_some_and(|value| *value == cap.to_string()) || self.options.dry_run {
+        };
+        let known = self.caps.insert(config.name.clone(), cap);
+        // Somebody else's limit is left, the lack of one is not.
+        let left = known == Some(cap) && has != "0";
+        if left || *has == cap.to_string() || self.options.dry_run {
             return;
         }
         let vms = dir.child("vms").child(vm.name.raw());
@@ -527,7 +523,14 @@ impl Daemon {
         Some(Seen {
             sample,
             swap_in_kb: stats.and_then(|stats| stats.swap_in_kb),
-            refaults: vm.and_then(|vm| vm.figures.refaults),
+            // What the module took away, where it counts that, and what the guest dropped itself.
+            refaults: match (
+                vm.and_then(|vm| vm.figures.refaults),
+                stats.and_then(|stats| stats.major_faults),
+            ) {
+                (None, None) => None,
+                (module, guest) => Some(module.unwrap_or(0).saturating_add(guest.unwrap_or(0))),
+            },
             shared_kb: vm.and_then(|vm| {
                 let figures = &vm.figures;
                 Some(figures.shared_kb?.saturating_add(figures.zero_kb?))

@@ -96,6 +96,10 @@ impl Daemon {
             guest_total_kb: total,
             guest_free_kb: stats.and_then(|stats| stats.free_kb),
             guest_available_kb: available,
+            guest_caches_kb: stats.and_then(|stats| stats.caches_kb),
+            guest_swap_in_kb: stats.and_then(|stats| stats.swap_in_kb),
+            guest_swap_out_kb: stats.and_then(|stats| stats.swap_out_kb),
+            guest_major_faults: stats.and_then(|stats| stats.major_faults),
             committed_kb: committed,
             pressure_percent: committed
                 .zip(total)

@@ -98,7 +98,7 @@ fn host_lines(top: &Top, width: u16) -> Vec<Line<'static>> {
     }
     let head = match &top.error {
         Some(error) => Span::styled(
-            text::shorten(&text::escape(error.as_bytes()), width),
+            text::shorten(&text::harmless(error), width),
             Style::new().fg(Color::Red),
         ),
         None => Span::styled(
@@ -262,7 +262,7 @@ fn detail_lines(row: &Row, width: u16) -> Vec<Line<'static>> {
             tally["waited_s"].as_f64().unwrap_or(0.0),
         ),
         match guest["error"].as_str() {
-            Some(error) => format!("wrong: {}", text::escape(error.as_bytes())),
+            Some(error) => format!("wrong: {}", text::harmless(error)),
             None => format!("why: {}", word(&guest["reason"])),
         },
     ];

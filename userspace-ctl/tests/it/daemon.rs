@@ -194,11 +194,34 @@ fn a_cap_is_the_modules_limit_too() {
         world.tree.read("vms/a/limit_kb") == format!("{}\n", 768 * M)
     });
     world.run_until("the balloon follows", |_| size(&guest) == 768 * M);
+    // A new VM of that name has no limit at first; somebody else's limit stays.
+    world.tree.write("vms/a/limit_kb", "0\n");
+    world.run_until("the limit is written again", |world| {
+        world.tree.read("vms/a/limit_kb") == format!("{}\n", 768 * M)
+    });
     // The limit goes with the cap.
     assert_eq!(world.ctl(&["vm", "set", "a", "cap", "default"]).0, Some(0));
     world.run_until("no limit", |world| {
         world.tree.read("vms/a/limit_kb") == "0\n" && size(&guest) > 1000 * M
     });
+}
+
+#[test]
+fn who_reads_again_what_it_dropped_gets_its_memory_back() {
+    let mut world = World::new(4096 * M);
+    let guest = world.guest("a", 1024 * M, 100 * M);
+    world.config(CONFIG);
+    let _daemon = world.daemon(&[], None);
+    world.run_until("memory is taken", |_| size(&guest) <= 900 * M);
+    guest.lock().unwrap().major_faults += 5000;
+    world.run_until("and given back", |world| {
+        let (_, explained, _) = world.ctl(&["explain", "a"]);
+        size(&guest) == 1024 * M && explained.contains("it swapped or refaulted")
+    });
+    let shown = world.guests_json()["guests"][0]["guest_major_faults"].clone();
+    assert_eq!(shown, 5000);
+    let (_, shown, _) = world.ctl(&["vm", "show", "a"]);
+    assert!(shown.contains("major faults 5000"), "{shown}");
 }
 
 #[test]

@@ -211,18 +211,8 @@ fn admission_waits_until_the_guests_made_room() {
     let report = world.guests_json();
     assert_eq!(report["reservations"][0]["name"], "c");
     assert_eq!(report["host"]["reserved_kb"], 1024 * M);
-    assert_eq!(
-        world
-            .ctl(&["admit", "--cancel", "--vm", "c", "--min", "1G"])
-            .0,
-        Some(0)
-    );
-    assert_eq!(
-        world
-            .ctl(&["admit", "--cancel", "--vm", "c", "--min", "1G"])
-            .0,
-        Some(1)
-    );
+    assert_eq!(world.ctl(&["admit", "--cancel", "--vm", "c"]).0, Some(0));
+    assert_eq!(world.ctl(&["admit", "--cancel", "--vm", "c"]).0, Some(1));
     world.run_until("the guests take it back", |_| {
         size(&a) + size(&b) > 3500 * M
     });
@@ -262,6 +252,28 @@ fn admission_without_a_daemon_and_by_risk() {
         let all: Vec<&str> = ["admit"].iter().chain(args).copied().collect();
         assert_eq!(world.ctl(&all).0, Some(2), "{args:?}");
     }
+    let asked = [
+        "admit",
+        "--min",
+        "256M",
+        "--max",
+        "64G",
+        "--unshare-risk",
+        "100",
+        "--json",
+    ];
+    let (code, told, complaint) = world.ctl(&asked);
+    assert_eq!(code, Some(0), "{complaint}");
+    let told: Value = serde_json::from_str(&told).unwrap();
+    let room_kb = told["room_kb"].as_u64().unwrap();
+    assert!((256 * M..64 << 20).contains(&room_kb), "{told}");
+    assert!(
+        told["reason"]
+            .as_str()
+            .unwrap()
+            .contains("of its maximum of 64.0 GiB"),
+        "{told}"
+    );
     fs::remove_dir_all(world.tree.root().join("sys")).unwrap();
     let (code, _, complaint) = world.ctl(&["admit", "--min", "1G"]);
     assert!(
