@@ -23,6 +23,7 @@ const gfp_t thinram_gfp_guest_zeroed = GFP_HIGHUSER | __GFP_ACCOUNT | __GFP_NOWA
 const gfp_t thinram_gfp_returned =
 	GFP_HIGHUSER | __GFP_ACCOUNT | __GFP_NORETRY | __GFP_NOWARN;
 const gfp_t thinram_gfp_shared = GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOWARN;
+const gfp_t thinram_gfp_awaited = GFP_HIGHUSER | __GFP_NOWARN;
 
 /* Objects of a pool can move, and nobody waits for memory to compress a page. */
 const gfp_t thinram_gfp_pool = GFP_NOWAIT | __GFP_NOWARN | __GFP_HIGHMEM | __GFP_MOVABLE;

@@ -25,6 +25,7 @@ extern const gfp_t thinram_gfp_guest;
 extern const gfp_t thinram_gfp_guest_zeroed;
 extern const gfp_t thinram_gfp_returned;
 extern const gfp_t thinram_gfp_shared;
+extern const gfp_t thinram_gfp_awaited;
 extern const gfp_t thinram_gfp_pool;
 struct page *thinram_pfn_to_page(unsigned long pfn);
 unsigned long thinram_page_to_pfn(const struct page *page);

@@ -7,7 +7,7 @@
 //!
 //! Lock order: VM list > a VM's counts.
 
-use super::{host::Host, vm::Vm};
+use super::{cold, host::Host, vm::Vm};
 use crate::{
     logic::{
         counts::{pages_to_kb, Class},
@@ -39,7 +39,13 @@ impl Host {
     /// The reclaimer tries anew, for every VM, what did not work before.
     pub(crate) fn try_anew(&self) {
         self.vms().for_each(|vm| vm.try_anew());
+        self.shared_anew.store(true, Ordering::Relaxed);
         self.reclaimer_bell.ring();
+    }
+
+    /// Whether [`Host::try_anew`] was called since this was last asked.
+    pub(super) fn shared_tried_anew(&self) -> bool {
+        self.shared_anew.swap(false, Ordering::Relaxed)
     }
 
     /// The same for one VM.
@@ -59,6 +65,8 @@ impl Host {
                 fits &= has_room(vm, more_kb);
             }
         });
+        let shared = cold::pages_above(self, &self.vms().all()?, percent)?;
+        needed = needed.saturating_add(pages_to_kb(shared));
         if !fits || !self.has_room(needed) {
             return Err(ENOMEM);
         }

@@ -17,8 +17,7 @@ use crate::{
         zs::{Compressor, Corrupt, NoRoom, Scratch},
     },
 };
-use core::sync::atomic::{AtomicU64, Ordering};
-use kernel::page::PAGE_SIZE;
+use core::sync::atomic::AtomicU64;
 
 /// Why a page was not compressed, each with its own counter.
 #[derive(Default)]
@@ -85,12 +84,7 @@ pub(crate) fn pack(
         count(&refusals.pool_full);
         return Outcome::PoolFull;
     }
-    let percent = host
-        .knobs
-        .compress_max_object_percent
-        .load(Ordering::Relaxed);
-    let max = usize::try_from(percent).unwrap_or(0).min(100) * PAGE_SIZE / 100;
-    let Some(bytes) = compressor.compress(frozen.page(), max) else {
+    let Some(bytes) = compressor.compress(frozen.page(), host.max_object_bytes()) else {
         count(&refusals.incompressible);
         return Outcome::Refused;
     };

@@ -9,9 +9,13 @@ use super::{
     backing::{Backing, PAGE},
     compress, huge,
     region::{Region, RegionGuard},
+    shared::SharedPage,
 };
 use crate::{
-    logic::{huge::HugeWord, slot::State},
+    logic::{
+        huge::HugeWord,
+        slot::{Slot, State},
+    },
     sys::{
         page::{Frame, PageRef, Purpose},
         slots::{Content, SLOTS},
@@ -42,20 +46,27 @@ pub(crate) fn readable(backing: &Backing, page: u64) -> Result<Readable> {
         let frame = match slot.state() {
             State::Empty | State::Zero => return Ok(Readable::Zeroes),
             State::Private | State::Huge => guard.own_page(index).map(|page| page.get()),
-            State::Shared => backing.host().index().frame(slot.record()),
+            State::Shared => match backing.host().index().page(slot.record()) {
+                Some(SharedPage::Packed { .. }) => None,
+                Some(SharedPage::Frame(frame)) => Some(frame),
+                None => return Err(EIO),
+            },
+            State::Compressed | State::Filled => None,
+        };
+        let frame = match frame {
+            Some(frame) => Some(frame),
             // The reader gets a copy, the page stays compressed.
-            State::Compressed | State::Filled => {
+            None if is_packed(slot) => {
                 let Some((mut frame, mut scratch)) = spare.take() else {
                     drop(guard);
                     let frame = Frame::alloc(Purpose::Guest, -1).ok_or(ENOMEM)?;
                     spare = Some((frame, Scratch::new().ok_or(ENOMEM)?));
                     continue;
                 };
-                guard
-                    .unpack(index, &mut scratch, &mut frame)
-                    .map_err(|_| EIO)?;
+                copy_packed(backing, &guard, index, &mut scratch, &mut frame)?;
                 Some(frame)
             }
+            None => None,
         };
         return match frame {
             Some(frame) if frame.as_ref().is_poisoned() => Err(EIO),
@@ -63,6 +74,30 @@ pub(crate) fn readable(backing: &Backing, page: u64) -> Result<Readable> {
             None => Err(EIO),
         };
     }
+}
+
+/// Whether the bytes of a slot may be compressed.
+fn is_packed(slot: Slot) -> bool {
+    matches!(
+        slot.state(),
+        State::Compressed | State::Filled | State::Shared
+    )
+}
+
+/// Fills `to` with a page that is compressed, the VM's own or a shared one, and stays so.
+fn copy_packed(
+    backing: &Backing,
+    guard: &RegionGuard<'_>,
+    index: usize,
+    scratch: &mut Scratch,
+    to: &mut Frame,
+) -> Result {
+    let slot = guard.slot(index);
+    match slot.state() {
+        State::Shared => backing.host().index().copy(slot.record(), to, scratch),
+        _ => guard.unpack(index, scratch, to),
+    }
+    .map_err(|_| EIO)
 }
 
 /// Page `page` for writing: a frame of its own, that counts as changed from here on.
@@ -78,7 +113,7 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
     }
     loop {
         let state = region.peek(index).state();
-        if matches!(state, State::Compressed | State::Filled) && scratch.is_none() {
+        if is_packed(region.peek(index)) && scratch.is_none() {
             scratch = Some(Scratch::new().ok_or(ENOMEM)?);
         }
         let wants_zeroed = matches!(state, State::Empty | State::Zero);
@@ -153,12 +188,13 @@ fn make_private(
             Ok(true)
         }
         State::Shared => {
+            let Some(scratch) = scratch else {
+                return Ok(false);
+            };
             let Some((mut frame, _)) = spare.take() else {
                 return Ok(false);
             };
-            let shared = host.index().frame(slot.record()).ok_or(EIO)?;
-            frame.copy_from(shared.as_ref()).map_err(|_| EIO)?;
-            drop(shared);
+            copy_packed(backing, guard, index, scratch, &mut frame)?;
             guard.zap(index);
             backing.count_break();
             let backoff = slot.backoff().saturating_add(1);

@@ -10,13 +10,17 @@
 //! | Empty   | a zero frame, read-only           | a zeroed frame                          |
 //! | Zero    | a zero frame, read-only           | a zeroed frame (a copy on write)        |
 //! | Private | its frame, writable at once [^1]  | its frame, writable                     |
-//! | Shared  | the shared frame, read-only       | a copy of the shared frame              |
+//! | Shared  | the shared frame [^2], read-only  | a copy of the shared frame [^2]         |
 //! | Huge    | its part of the folio, writable   | its part of the folio, writable         |
 //! | Compressed, Filled | a frame with the content, writable | the same                    |
 //!
 //! [^1]: read-only if the scanner write-protected it, so that the write is noticed.
+//!
+//! [^2]: brought back first, for all its sharers, if it was compressed.
 
-use super::{backing::Backing, compress, count, region::RegionGuard, stall};
+use super::{
+    backing::Backing, cold, compress, count, region::RegionGuard, shared::SharedPage, stall,
+};
 use crate::{
     logic::slot::{Slot, State, BACKOFF_MAX},
     sys::{
@@ -53,6 +57,31 @@ impl Spare {
 struct Supplies {
     spare: Option<Spare>,
     scratch: Option<Scratch>,
+    /// For a shared page that comes back.
+    shared: Option<Frame>,
+    /// It is needed, on that node.
+    wants_shared: Option<i32>,
+}
+
+impl Supplies {
+    /// What a shared page needs that comes back; false without memory.
+    fn provide_shared(&mut self) -> bool {
+        let Some(node) = self.wants_shared else {
+            return true;
+        };
+        if self.shared.is_none() {
+            self.shared = Frame::alloc(Purpose::Awaited, node);
+        }
+        self.provide_scratch() && self.shared.is_some()
+    }
+
+    /// What decompression needs; false without memory.
+    fn provide_scratch(&mut self) -> bool {
+        if self.scratch.is_none() {
+            self.scratch = Scratch::new();
+        }
+        self.scratch.is_some()
+    }
 }
 
 /// What a look at the locked slot came to.
@@ -129,11 +158,8 @@ fn answer(backing: &Backing, mut fault: Fault, make_writable: bool) -> Answer {
             // What was mapped read-only is gone meanwhile: the write comes again as a fault.
             return Answer::Done;
         }
-        if packed && supplies.scratch.is_none() {
-            supplies.scratch = Scratch::new();
-            if supplies.scratch.is_none() {
-                return wait(backing, fault, false);
-            }
+        if packed && !supplies.provide_scratch() || !supplies.provide_shared() {
+            return wait(backing, fault, make_writable);
         }
         if let (None, Some(purpose)) = (&supplies.spare, frame_for(region.peek(index), write)) {
             let zeroed = purpose == Purpose::GuestZeroed;
@@ -242,10 +268,10 @@ fn look(
                 .map_shared(host.zero_frame(fault.page_number()))
                 .into()
         }
-        State::Shared if !write => match host.index().frame(slot.record()) {
-            Some(frame) if frame.as_ref().is_poisoned() => Step::Answered(Answer::Poisoned),
-            Some(frame) => fault.map_shared(frame.as_ref()).into(),
-            None => Step::NeedsMemory,
+        State::Shared if !write => match shared_frame(backing, slot, supplies) {
+            Ok(frame) if frame.as_ref().is_poisoned() => Step::Answered(Answer::Poisoned),
+            Ok(frame) => fault.map_shared(frame.as_ref()).into(),
+            Err(step) => step,
         },
         State::Empty | State::Zero => {
             let Some(spare) = supplies.spare.take() else {
@@ -280,11 +306,14 @@ fn look(
             }
         }
         State::Shared => {
+            let shared = match shared_frame(backing, slot, supplies) {
+                Ok(frame) => frame,
+                // The mapping that was written through is gone: the write comes again as a fault.
+                Err(_) if make_writable => return Step::Answered(Answer::Done),
+                Err(step) => return step,
+            };
             let Some(mut taken) = supplies.spare.take() else {
                 return Step::NeedsFrame;
-            };
-            let Some(shared) = host.index().frame(slot.record()) else {
-                return Step::NeedsMemory;
             };
             if taken.frame.copy_from(shared.as_ref()).is_err() {
                 return Step::Answered(Answer::Poisoned);
@@ -296,6 +325,24 @@ fn look(
             host.release(guard.set(index, Content::Private(taken.frame), backoff));
             map_own(fault, guard, index)
         }
+    }
+}
+
+/// The frame of a Shared slot's record, brought back for all its sharers if need be.
+fn shared_frame(backing: &Backing, slot: Slot, supplies: &mut Supplies) -> Result<Frame, Step> {
+    let host = backing.host();
+    match host.index().page_to_map(slot.record()) {
+        Some(SharedPage::Frame(frame)) => Ok(frame),
+        Some(SharedPage::Packed { node }) => {
+            let (Some(scratch), Some(frame)) = (&mut supplies.scratch, supplies.shared.take())
+            else {
+                supplies.wants_shared = Some(node);
+                return Err(Step::NeedsFrame);
+            };
+            cold::bring_back(host, slot.record(), frame, scratch)
+                .map_err(|_| Step::Answered(Answer::Poisoned))
+        }
+        None => Err(Step::NeedsMemory),
     }
 }
 

@@ -5,6 +5,7 @@
 //! Lock order: policy > VM list > region > index > registry.
 
 use super::{
+    cold::SharedPools,
     compress,
     merge::{Refusals, Rules},
     pressure::Pressure,
@@ -28,9 +29,10 @@ use crate::{
         slots::{Content, SLOTS},
     },
 };
-use core::sync::atomic::{AtomicU64, AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 use kernel::{
     new_condvar, new_mutex,
+    page::PAGE_SIZE,
     prelude::*,
     sync::{
         lock::{mutex::MutexBackend, Guard},
@@ -101,6 +103,10 @@ pub(crate) struct Events {
     pub(crate) compressions: AtomicU64,
     /// Pages that were brought back.
     pub(crate) decompressions: AtomicU64,
+    /// Shared pages that were compressed, once for all their sharers.
+    pub(crate) shared_compressions: AtomicU64,
+    /// Those that were brought back.
+    pub(crate) shared_decompressions: AtomicU64,
     /// Pages that could not be: the memory of the pool is broken.
     pub(crate) decompressions_failed: AtomicU64,
     /// Periods of sampling that are over.
@@ -186,6 +192,11 @@ pub(crate) struct Host {
     registry: Registry,
     #[pin]
     index: SharedIndex,
+    /// Where shared pages are compressed to.
+    #[pin]
+    pub(crate) shared_pools: SharedPools,
+    /// The reclaimer is to try anew what did not work with shared pages.
+    pub(super) shared_anew: AtomicBool,
     zero_frames: KVec<Frame>,
     /// 2 MiB of zeroes, once they were asked for.
     pub(super) zero_folio: SetOnce<HugeFrame>,
@@ -253,6 +264,8 @@ impl Host {
                 vms <- Vms::new(),
                 registry <- Registry::new(),
                 index <- SharedIndex::new(),
+                shared_pools <- SharedPools::new(),
+                shared_anew: AtomicBool::new(false),
                 zero_frames,
                 zero_folio: SetOnce::new(),
             }),
@@ -315,6 +328,15 @@ impl Host {
             Content::Private(frame) => drop(frame),
             Content::Shared(sharer) => drop(self.index.leave(sharer)),
         }
+    }
+
+    /// The largest object that a compressed page is kept as.
+    pub(crate) fn max_object_bytes(&self) -> usize {
+        let percent = self
+            .knobs
+            .compress_max_object_percent
+            .load(Ordering::Relaxed);
+        usize::try_from(percent).unwrap_or(0).min(100) * PAGE_SIZE / 100
     }
 
     /// Rules for merging, of the moment.

@@ -12,13 +12,14 @@ use super::{
     count,
     host::Host,
     region::RegionGuard,
-    shared::{Candidate, Key, CANDIDATES},
+    shared::{Candidate, Key, SharedPage, CANDIDATES},
 };
 use crate::{
     logic::slot::{Class, State},
     sys::{
         page::{Frame, PageRef},
         slots::Content,
+        zs::Scratch,
     },
 };
 use core::sync::atomic::AtomicU64;
@@ -53,6 +54,14 @@ pub(crate) struct Rules {
     pub(crate) across_nodes: bool,
 }
 
+/// What a merge may need, allocated with no lock held.
+pub(crate) struct Room<'a> {
+    /// A frame for a new shared page; taken if used.
+    pub(crate) spare: &'a mut Option<Frame>,
+    /// To look into a compressed one.
+    pub(crate) scratch: &'a mut Option<Scratch>,
+}
+
 /// What became of an attempt.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Outcome {
@@ -85,15 +94,13 @@ pub(crate) fn try_zero(host: &Host, guard: &mut RegionGuard<'_>, index: usize) -
 }
 
 /// Looks for an equal page and merges with it, or leaves a hint for the next one that comes.
-///
-/// `spare` is a frame for a new shared page, allocated with no lock held; it is taken if used.
 pub(crate) fn try_merge(
     host: &Host,
     guard: &mut RegionGuard<'_>,
     index: usize,
     key: Key,
     rules: Rules,
-    spare: &mut Option<Frame>,
+    mut room: Room<'_>,
 ) -> Outcome {
     let mut candidates = [None; CANDIDATES];
     if host.index().find(key, rules.max_sharers, &mut candidates) {
@@ -104,9 +111,9 @@ pub(crate) fn try_merge(
     let mut not_now = false;
     for candidate in candidates.into_iter().flatten() {
         let outcome = match candidate {
-            Candidate::Record(id) => join(host, guard, index, id, rules),
+            Candidate::Record(id) => join(host, guard, index, id, rules, &mut room),
             Candidate::Page(id) if id == own => continue,
-            Candidate::Page(id) => pair(host, guard, index, id, key, rules, spare),
+            Candidate::Page(id) => pair(host, guard, index, id, key, rules, room.spare),
         };
         match outcome {
             Outcome::Merged => return Outcome::Merged,
@@ -125,11 +132,40 @@ pub(crate) fn try_merge(
     }
 }
 
-/// Joins a record that is there already.
-fn join(host: &Host, guard: &mut RegionGuard<'_>, index: usize, id: u32, rules: Rules) -> Outcome {
-    let Some((sharer, frame)) = host.index().join(id, rules.max_sharers) else {
+/// Joins a record that is there already. One that is compressed stays so, until a sharer asks for it.
+fn join(
+    host: &Host,
+    guard: &mut RegionGuard<'_>,
+    index: usize,
+    id: u32,
+    rules: Rules,
+    room: &mut Room<'_>,
+) -> Outcome {
+    let Some((sharer, shared)) = host.index().join(id, rules.max_sharers) else {
         count(&host.refusals.full);
         return Outcome::Unique;
+    };
+    let node = match &shared {
+        SharedPage::Frame(frame) => frame.as_ref().node(),
+        SharedPage::Packed { node } => *node,
+    };
+    // The content of a record never changes: a copy to compare with is as good.
+    let (frame, of_room) = match shared {
+        SharedPage::Frame(frame) => (frame, false),
+        SharedPage::Packed { .. } => {
+            let (Some(mut copy), Some(scratch)) = (room.spare.take(), room.scratch.as_mut()) else {
+                count(&host.refusals.no_memory);
+                drop(host.index().leave(sharer));
+                return Outcome::NotNow;
+            };
+            if host.index().copy(id, &mut copy, scratch).is_err() {
+                count(&host.refusals.poisoned);
+                *room.spare = Some(copy);
+                drop(host.index().leave(sharer));
+                return Outcome::Unique;
+            }
+            (copy, true)
+        }
     };
     let outcome = 'check: {
         let Some(page) = guard.page(index) else {
@@ -139,7 +175,7 @@ fn join(host: &Host, guard: &mut RegionGuard<'_>, index: usize, id: u32, rules: 
             count(&host.refusals.poisoned);
             break 'check Outcome::Unique;
         }
-        if !rules.across_nodes && page.node() != frame.as_ref().node() {
+        if !rules.across_nodes && page.node() != node {
             count(&host.refusals.nodes);
             break 'check Outcome::Unique;
         }
@@ -154,6 +190,9 @@ fn join(host: &Host, guard: &mut RegionGuard<'_>, index: usize, id: u32, rules: 
         }
         Outcome::Merged
     };
+    if of_room {
+        *room.spare = Some(frame);
+    }
     if outcome == Outcome::Merged {
         let backoff = guard.slot(index).backoff();
         host.release(guard.set(index, Content::Shared(sharer), backoff));
@@ -181,8 +220,13 @@ pub(crate) fn unite(host: &Host, guard: &mut RegionGuard<'_>, index: usize, rule
             Candidate::Record(id) if id < slot.record() => Some(id),
             _ => None,
         });
-    let Some((sharer, frame)) = older.and_then(|id| host.index().join(id, rules.max_sharers))
+    let Some((sharer, shared)) = older.and_then(|id| host.index().join(id, rules.max_sharers))
     else {
+        return;
+    };
+    // Two that are in use, or were lately, are united; a compressed one waits until it is.
+    let Some(frame) = shared.frame() else {
+        drop(host.index().leave(sharer));
         return;
     };
     if old.as_ref().is_poisoned() || frame.as_ref().is_poisoned() {

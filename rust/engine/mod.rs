@@ -3,8 +3,8 @@
 //! What ThinRAM does with the pages of its guests. No `unsafe` here.
 //!
 //! ```text
-//! host -> { scan, reclaim, regroup, pressure } -> { merge, compress } -> { shared, region }
-//! fault, data -> { region, shared, compress, stall }
+//! host -> { scan, reclaim, regroup, pressure } -> { merge, compress, cold } -> { shared, region }
+//! fault, data -> { region, shared, compress, cold, stall }
 //! ```
 //!
 //! A page's way: `fault` fills a slot of a `region`, `scan` hashes it, `shared` knows whether the
@@ -13,6 +13,7 @@
 
 pub(crate) mod backing;
 pub(crate) mod caps;
+pub(crate) mod cold;
 pub(crate) mod compress;
 pub(crate) mod data;
 pub(crate) mod fault;

@@ -14,6 +14,7 @@
 //! for it.
 
 use super::{
+    cold::{self, Hand},
     compress::{self, Outcome},
     host::Host,
     region::{Region, RegionGuard},
@@ -64,6 +65,7 @@ impl Work for Reclaimer {
             sampler: Sampler::new(),
             compressor: None,
             scratch: None,
+            hand: Hand::default(),
         };
         while !task::should_stop() {
             if host.pressure.look() {
@@ -105,6 +107,8 @@ struct Worker {
     sampler: Sampler,
     compressor: Option<Compressor>,
     scratch: Option<Scratch>,
+    /// Where it is among the shared pages.
+    hand: Hand,
 }
 
 impl Worker {
@@ -120,6 +124,7 @@ impl Worker {
             next = next.max(self.enforce_cap(host, vm));
             next = next.max(self.enforce_limit(host, vm));
         }
+        next = next.max(self.enforce_shared_caps(host, &vms));
         next.max(self.relieve(host, &vms))
     }
 
@@ -160,6 +165,7 @@ impl Worker {
             if wanted == 0 || task::should_stop() {
                 return Next::Idle;
             }
+            let more_shared = self.take_shared(host, vms, wanted) == cold::Step::Busy;
             // Others pay for one that rests only when there is no time to lose.
             let urgent = host.state() == HostState::Low;
             let tax = host.knobs.idle_tax_percent.load(Ordering::Relaxed);
@@ -170,12 +176,14 @@ impl Worker {
                     vm.holding(host)
                 }
             });
-            let Some(vm) = funding::poorest(holdings, tax).and_then(|place| vms.get(place)) else {
+            let poorest = funding::poorest(holdings, tax).and_then(|place| vms.get(place));
+            let Some(vm) = poorest.filter(|vm| !self.rests(vm)) else {
+                if more_shared {
+                    host.pressure.look();
+                    continue;
+                }
                 return Next::Soon;
             };
-            if self.rests(vm) {
-                return Next::Soon;
-            }
             let spare = vm.holding(host).spare();
             self.sweep(host, vm, STEP_PAGES.min(spare).min(wanted), true);
             host.pressure.look();
@@ -188,10 +196,7 @@ impl Worker {
     /// in use are taken only if that `must` be.
     fn sweep(&mut self, host: &Host, vm: &Vm, wanted: u64, must: bool) {
         let mut clock = vm.clock();
-        if self.compressor.is_none() {
-            self.compressor = Compressor::new().ok();
-        }
-        let (Some(compressor), Ok(())) = (&mut self.compressor, vm.store().open()) else {
+        let (Some(compressor), Ok(())) = (made(&mut self.compressor), vm.store().open()) else {
             clock.rest_until_us = clock::now_us().saturating_add(STUCK_US);
             vm.set_clock(clock);
             return;
@@ -241,6 +246,34 @@ impl Worker {
         vm.relieve_waiters();
     }
 
+    /// Takes shared pages that no sharer uses, of all VMs.
+    fn take_shared(&mut self, host: &Host, vms: &[Arc<Vm>], wanted: u64) -> cold::Step {
+        match made(&mut self.compressor) {
+            Some(compressor) => self.hand.step(host, vms, compressor, wanted),
+            None => cold::Step::Resting,
+        }
+    }
+
+    /// Brings shared pages back where a pool of theirs is larger than it may be.
+    fn enforce_shared_caps(&mut self, host: &Host, vms: &[Arc<Vm>]) -> Next {
+        if host.shared_tried_anew() {
+            self.hand.try_anew();
+        }
+        if host.shared_pools.is_empty() {
+            return Next::Idle;
+        }
+        if self.scratch.is_none() {
+            self.scratch = Scratch::new();
+        }
+        match &mut self.scratch {
+            Some(scratch) => match self.hand.enforce_caps(host, vms, scratch) {
+                cold::Step::Busy => Next::Again,
+                cold::Step::Resting => Next::Idle,
+            },
+            None => Next::Soon,
+        }
+    }
+
     /// Brings pages back until the pool is no larger than it may be, the longest compressed first.
     fn enforce_cap(&mut self, host: &Host, vm: &Vm) -> Next {
         let cap = vm.pool_cap_pages(&host.knobs);
@@ -278,6 +311,14 @@ impl Worker {
         }
         Next::Soon
     }
+}
+
+/// What to compress with, made when it is first needed.
+fn made(compressor: &mut Option<Compressor>) -> Option<&mut Compressor> {
+    if compressor.is_none() {
+        *compressor = Compressor::new().ok();
+    }
+    compressor.as_mut()
 }
 
 impl Clock {
@@ -440,10 +481,9 @@ impl Vm {
             .get(crate::logic::counts::Class::Shared);
         let figures = host.figures();
         let slots = figures.pages_shared.saturating_add(figures.pages_sharing);
-        let frames = shared
-            .saturating_mul(figures.pages_shared)
-            .checked_div(slots)
-            .unwrap_or(0);
+        let held = (figures.pages_shared.saturating_sub(figures.packed))
+            .saturating_add(host.shared_pools.pages());
+        let frames = shared.saturating_mul(held).checked_div(slots).unwrap_or(0);
         let own = self.resident_kb() / PAGE_KB;
         let pages = own.saturating_add(frames);
         Holding {

@@ -4,14 +4,16 @@
 //!
 //! No new merges begin (the policy lock keeps the scanner out), the frames that breaking needs are
 //! allocated first, then every share that crosses the new border is broken, then the change holds.
-//! Without memory for all of them nothing is changed.
+//! Without memory for all of them nothing is changed. Compressed records that move to another scope
+//! are brought back first: their hash and their pool will be others.
 //!
 //! Lock order: policy > VM list > region > index.
 
 use super::{
+    cold,
     host::{Host, Policy},
     region::RegionGuard,
-    shared::Key,
+    shared::{Key, SharedPage},
     vm::{Domain, Scope, Vm},
 };
 use crate::{
@@ -25,6 +27,7 @@ use crate::{
         page::{Frame, Purpose},
         slots::{Content, SLOTS},
         task,
+        zs::Scratch,
     },
 };
 use kernel::{
@@ -76,6 +79,18 @@ enum Group {
 /// but a part of the shares may be broken; the scanner makes them anew.
 pub(crate) fn apply(host: &Host, change: &Change<'_>) -> Result {
     let mut policy = host.policy();
+    // Only one is here at a time, by the policy's lock.
+    host.index().hold_still(true);
+    let outcome = apply_held_still(host, &mut policy, change);
+    host.index().hold_still(false);
+    outcome
+}
+
+fn apply_held_still(
+    host: &Host,
+    policy: &mut Guard<'_, Policy, MutexBackend>,
+    change: &Change<'_>,
+) -> Result {
     let now = policy.share_scope;
     let vms = host.vms().freeze();
     let groups = groups(host, change, now)?;
@@ -89,12 +104,14 @@ pub(crate) fn apply(host: &Host, change: &Change<'_>) -> Result {
         };
         new == Scope::NONE || !stays
     };
+    let mut scratch = Scratch::new().ok_or(ENOMEM)?;
+    bring_movers_back(host, &groups, &mut scratch)?;
     let mut reserves = frames_for(host, vms.iter(), &breaks)?;
-    break_shares(host, &breaks, &mut reserves)?;
+    break_shares(host, &breaks, &mut reserves, &mut scratch)?;
     if let Change::Unshare = change {
         return Ok(());
     }
-    commit(&mut policy, change);
+    commit(policy, change);
     for vm in vms.iter() {
         let scope = change.scope_of(vm, policy.share_scope);
         if scope != vm.scope() {
@@ -165,6 +182,30 @@ fn groups(host: &Host, change: &Change<'_>, now: ShareScope) -> Result<KVVec<Gro
     Ok(groups)
 }
 
+/// Gives frames to the compressed records whose sharers will all be in another scope.
+fn bring_movers_back(host: &Host, groups: &[Group], scratch: &mut Scratch) -> Result {
+    for (id, group) in (0u32..).zip(groups) {
+        let Group::One(scope) = group else {
+            continue;
+        };
+        let index = host.index();
+        let Some(SharedPage::Packed { node }) = index.page(id) else {
+            continue;
+        };
+        if index.scope_of(id) == Some(*scope) {
+            continue;
+        }
+        if task::fatal_signal_pending() {
+            return Err(EINTR);
+        }
+        let frame = Frame::alloc(Purpose::Shared, node).ok_or(ENOMEM)?;
+        // One that cannot be read keeps its name, and nobody will find it under another.
+        let _ = cold::bring_back(host, id, frame, scratch);
+        task::cond_resched();
+    }
+    Ok(())
+}
+
 /// Frames for the slots of one VM, at its expense.
 struct Reserve {
     vm: Arc<Vm>,
@@ -232,21 +273,21 @@ fn break_shares(
     host: &Host,
     breaks: &dyn Fn(&RegionGuard<'_>, u32) -> bool,
     reserves: &mut Reserves,
+    scratch: &mut Scratch,
 ) -> Result {
     each_shared(host, &mut |guard, index, record| {
         if !breaks(guard, record) {
             return Ok(());
         }
-        let shared = host.index().frame(record).ok_or(ENOMEM)?;
-        if shared.as_ref().is_poisoned() {
+        match host.index().page(record).ok_or(ENOMEM)? {
             // Nobody can read it, so nobody sees another's bytes in it.
-            return Ok(());
+            SharedPage::Frame(frame) if frame.as_ref().is_poisoned() => return Ok(()),
+            _ => {}
         }
         // Guests only ever break shares meanwhile, so the frames suffice.
         let reserve = reserves.of(guard.region().vm()).ok_or(ENOMEM)?;
         let mut own = reserve.frames.pop().ok_or(ENOMEM)?;
-        own.copy_from(shared.as_ref()).map_err(|_| EIO)?;
-        drop(shared);
+        (host.index().copy(record, &mut own, scratch)).map_err(|_| EIO)?;
         guard.zap(index);
         host.release(guard.set(index, Content::Private(own), 0));
         Ok(())

@@ -15,7 +15,7 @@ use super::{
     host::Host,
     merge::{self, Outcome},
     region::{Region, RegionGuard},
-    shared::Key,
+    shared::{Key, SharedPage},
     survey,
     vm::{Scope, Vm},
 };
@@ -32,6 +32,7 @@ use crate::{
         page::{Frame, Purpose},
         slots::{Content, SLOTS},
         task::{self, Work},
+        zs::Scratch,
     },
 };
 use core::sync::atomic::Ordering;
@@ -84,6 +85,8 @@ struct Walk {
     index: usize,
     /// A frame for the next new shared page.
     spare: Option<Frame>,
+    /// To look into compressed shared pages.
+    scratch: Option<Scratch>,
     /// The node that it was asked for: with `merge_across_nodes` 0, that of the next page.
     spare_node: i32,
     /// A frame for the next page that is given back to a VM, at that VM's expense.
@@ -117,6 +120,7 @@ impl Walk {
             index: 0,
             window: 0,
             spare: None,
+            scratch: None,
             spare_node: ANY_NODE,
             own: None,
             known: None,
@@ -317,6 +321,9 @@ impl Walk {
         if self.spare.is_none() {
             self.spare = Frame::alloc(Purpose::Shared, self.spare_node);
         }
+        if self.scratch.is_none() && host.figures().packed > 0 {
+            self.scratch = Scratch::new();
+        }
         let vm = region.vm();
         let slot = region.peek(self.index);
         if slot.state() != State::Shared || !is_alone(host, slot) {
@@ -434,7 +441,11 @@ impl Walk {
             hash,
             scope: visit.scope,
         };
-        match merge::try_merge(host, guard, index, key, visit.rules, &mut self.spare) {
+        let room = merge::Room {
+            spare: &mut self.spare,
+            scratch: &mut self.scratch,
+        };
+        match merge::try_merge(host, guard, index, key, visit.rules, room) {
             Outcome::Merged => {}
             Outcome::Unique => guard.note(
                 index,
@@ -497,7 +508,7 @@ fn is_known(slot: Slot, pass: u64, index: usize) -> bool {
 /// what is written from here on, and its memory was never charged.
 fn give_back(host: &Host, guard: &mut RegionGuard<'_>, index: usize, mut own: Frame) {
     let slot = guard.slot(index);
-    let Some(shared) = host.index().frame(slot.record()) else {
+    let Some(shared) = (host.index().page(slot.record())).and_then(SharedPage::frame) else {
         return;
     };
     if own.copy_from(shared.as_ref()).is_err() {
@@ -509,9 +520,9 @@ fn give_back(host: &Host, guard: &mut RegionGuard<'_>, index: usize, mut own: Fr
     host.release(guard.set(index, Content::Private(own), slot.backoff()));
 }
 
-/// Whether a Shared slot is its record's only sharer.
+/// Whether a Shared slot is the only sharer of its record, which has a frame to give back.
 fn is_alone(host: &Host, slot: Slot) -> bool {
-    host.index().sharers(slot.record()) == 1
+    host.index().is_alone(slot.record())
 }
 
 /// Lets those who wait for the region have it. The mutex hands itself over to who waits longest, so

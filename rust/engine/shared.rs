@@ -1,8 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The shared index: which content was met before, and the frames that several slots share.
+//! The shared index: which content was met before, and the pages that several slots share, in a
+//! frame or packed.
 //!
-//! Lock order: the index is a leaf under region locks; below it only the registry's lock.
+//! A page is packed for all its sharers at once, in the pool of its scope, when none of them maps it
+//! and nobody is about to: whoever wants to map it takes a reference under the index's lock. It comes
+//! back for all of them as well, and is shared as it was.
+//!
+//! Lock order: the index is a leaf under region locks; below it only the registry's lock and those of
+//! zsmalloc.
 
 use super::{region::Registry, vm::Scope};
 use crate::{
@@ -12,10 +18,12 @@ use crate::{
         slot::{Class, Slot, State},
     },
     sys::{
-        frames::{self, AfterDrop, Boxes, FrameRecords},
+        frames::{self, AfterDrop, Boxes, FrameRecords, Held, NotPacked, NotUnpacked, Owned},
+        packed::Packed,
         page::{Frame, Label},
         protect,
         slots::Sharer,
+        zs::{Corrupt, Scratch},
     },
 };
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -67,9 +75,41 @@ pub(crate) enum Candidate {
     Page(u32),
 }
 
+/// A shared page, as whoever holds a sharer of it finds it.
+pub(crate) enum SharedPage {
+    /// A frame, with a reference for the caller.
+    Frame(Frame),
+    /// Packed; its frame was on that node.
+    Packed {
+        /// NUMA node.
+        node: i32,
+    },
+}
+
+impl SharedPage {
+    fn of(held: Held<'_>) -> SharedPage {
+        match held {
+            Held::Frame(page) => SharedPage::Frame(page.get()),
+            Held::Packed(packed) => SharedPage::Packed {
+                node: packed.node(),
+            },
+        }
+    }
+
+    /// The frame; `None` for a packed page.
+    pub(crate) fn frame(self) -> Option<Frame> {
+        match self {
+            SharedPage::Frame(frame) => Some(frame),
+            SharedPage::Packed { .. } => None,
+        }
+    }
+}
+
 struct Inner {
     catalog: Catalog<Boxes<GroupPage>>,
     records: FrameRecords,
+    /// Nothing is packed: somebody goes over all records.
+    held_still: bool,
     /// There are clearly more entries than contents: many are of pages that changed or are gone.
     has_stale: bool,
 }
@@ -79,6 +119,7 @@ impl Inner {
         Inner {
             catalog: Catalog::new(Boxes::new()),
             records: FrameRecords::new(),
+            held_still: false,
             has_stale: false,
         }
     }
@@ -89,9 +130,11 @@ impl Inner {
 pub(crate) struct IndexFigures {
     /// Shared records with one sharer or more.
     pub(crate) pages_shared: u64,
+    /// Those of them that are packed.
+    pub(crate) packed: u64,
     /// Sum of (sharers - 1).
     pub(crate) pages_sharing: u64,
-    /// Memory of the tables.
+    /// Memory of the tables, and of what packed pages take besides their objects.
     pub(crate) bytes: u64,
 }
 
@@ -131,7 +174,7 @@ impl SharedIndex {
         for entry in inner.catalog.lookup(key.hash) {
             let candidate = match entry {
                 Entry::Stable(id) => {
-                    let label = inner.records.page(id).map(|page| page.label());
+                    let label = inner.records.held(id).map(|held| held.label());
                     if !label.is_some_and(|label| key.looks_like(label)) {
                         continue;
                     }
@@ -151,29 +194,155 @@ impl SharedIndex {
         full
     }
 
-    /// Joins record `id` unless it has `max` sharers; the frame cannot go while the sharer is held.
-    pub(crate) fn join(&self, id: u32, max: u32) -> Option<(Sharer, Frame)> {
+    /// Joins record `id` unless it has `max` sharers; the page cannot go while the sharer is held.
+    pub(crate) fn join(&self, id: u32, max: u32) -> Option<(Sharer, SharedPage)> {
         let mut inner = self.lock();
-        let frame = inner.records.page(id)?.get();
-        Some((inner.records.join(id, max)?, frame))
+        let page = SharedPage::of(inner.records.held(id)?);
+        Some((inner.records.join(id, max)?, page))
     }
 
-    /// The frame of a record that the caller's slot is a sharer of.
-    pub(crate) fn frame(&self, id: u32) -> Option<Frame> {
-        Some(self.lock().records.page(id)?.get())
+    /// The page of a record that the caller's slot is a sharer of.
+    pub(crate) fn page(&self, id: u32) -> Option<SharedPage> {
+        Some(SharedPage::of(self.lock().records.held(id)?))
+    }
+
+    /// The same for a caller that is about to map it.
+    pub(crate) fn page_to_map(&self, id: u32) -> Option<SharedPage> {
+        let mut inner = self.lock();
+        inner.records.touch(id);
+        Some(SharedPage::of(inner.records.held(id)?))
+    }
+
+    /// Gives a packed page `frame`, for all its sharers. A reference to what it has then.
+    pub(crate) fn bring_back(
+        &self,
+        id: u32,
+        frame: Frame,
+        scratch: &mut Scratch,
+    ) -> Result<Frame, Corrupt> {
+        let mut inner = self.lock();
+        let (packed, spare) = match inner.records.unpack(id, frame, scratch) {
+            Ok(packed) => (Some(packed), None),
+            Err(NotUnpacked::Changed(frame)) => (None, Some(frame)),
+            Err(NotUnpacked::Corrupt) => return Err(Corrupt),
+        };
+        let page = inner.records.held(id).map(SharedPage::of);
+        drop(inner);
+        drop((packed, spare));
+        page.and_then(SharedPage::frame).ok_or(Corrupt)
+    }
+
+    /// Fills `to` with the page of a record that the caller's slot is a sharer of; a packed one stays
+    /// packed.
+    pub(crate) fn copy(
+        &self,
+        id: u32,
+        to: &mut Frame,
+        scratch: &mut Scratch,
+    ) -> Result<(), Corrupt> {
+        let inner = self.lock();
+        match inner.records.held(id) {
+            Some(Held::Packed(packed)) => packed.copy_to(to, scratch),
+            Some(Held::Frame(page)) => {
+                let frame = page.get();
+                drop(inner);
+                to.copy_from(frame.as_ref()).map_err(|_| Corrupt)
+            }
+            None => Err(Corrupt),
+        }
+    }
+
+    /// Puts `packed` in the place of `frame`, a record's. False when somebody holds the frame, or
+    /// everything is to stay as it is.
+    pub(crate) fn pack(
+        &self,
+        id: u32,
+        frame: Frame,
+        packed: KBox<Packed>,
+    ) -> Result<(), NotPacked> {
+        let mut inner = self.lock();
+        if inner.held_still {
+            return Err(NotPacked::Changed);
+        }
+        let outcome = inner.records.pack(id, frame, packed);
+        drop(inner);
+        match outcome {
+            Ok(frame) => {
+                drop(frame);
+                Ok(())
+            }
+            Err((why, _packed)) => Err(why),
+        }
+    }
+
+    /// Nothing is packed from here on, or it may be again.
+    pub(crate) fn hold_still(&self, still: bool) {
+        self.lock().held_still = still;
+    }
+
+    /// The next record from `*from` on, of at most `look` that are looked at, whose frame nobody
+    /// touched since the last time that it was looked at; a reference keeps it. `*from` is moved on.
+    pub(crate) fn next_idle(&self, from: &mut u32, look: u32) -> Option<(u32, Frame, Label)> {
+        let mut inner = self.lock();
+        for _ in 0..look {
+            let Some(id) = inner.records.table().next_live(*from) else {
+                *from = u32::MAX;
+                return None;
+            };
+            *from = id.saturating_add(1);
+            if inner.records.stays_idle(id) {
+                if let Some(Held::Frame(page)) = inner.records.held(id) {
+                    return Some((id, page.get(), page.label()));
+                }
+            }
+        }
+        None
+    }
+
+    /// The next packed record of `scope` from `*from` on, as above, and its frame's node.
+    pub(crate) fn next_packed(
+        &self,
+        from: &mut u32,
+        look: u32,
+        scope: Scope,
+    ) -> Option<(u32, i32)> {
+        let inner = self.lock();
+        for _ in 0..look {
+            let Some(id) = inner.records.table().next_live(*from) else {
+                *from = u32::MAX;
+                return None;
+            };
+            *from = id.saturating_add(1);
+            match inner.records.held(id) {
+                Some(Held::Packed(packed)) if packed.label().scope == scope.0 => {
+                    return Some((id, packed.node()));
+                }
+                _ => {}
+            }
+        }
+        None
+    }
+
+    /// Whether any page table maps a record's frame.
+    pub(crate) fn is_mapped(&self, id: u32) -> bool {
+        let inner = self.lock();
+        matches!(inner.records.held(id), Some(Held::Frame(page)) if page.is_mapped())
     }
 
     /// The frame of a record that the caller's slot is a sharer of, and the hash that it was
-    /// published under; `None` for a record of another scope.
+    /// published under; `None` for a record of another scope or without a frame.
     pub(crate) fn frame_and_hash(&self, id: u32, scope: Scope) -> Option<(Frame, u64)> {
         let inner = self.lock();
-        let page = inner.records.page(id)?;
+        let Held::Frame(page) = inner.records.held(id)? else {
+            return None;
+        };
         (page.label().scope == scope.0).then(|| (page.get(), page.label().hash))
     }
 
-    /// How many share the record.
-    pub(crate) fn sharers(&self, id: u32) -> u32 {
-        self.lock().records.sharers(id)
+    /// Whether the record has one sharer, and a frame: a packed one is left in peace.
+    pub(crate) fn is_alone(&self, id: u32) -> bool {
+        let inner = self.lock();
+        inner.records.sharers(id) == 1 && matches!(inner.records.held(id), Some(Held::Frame(_)))
     }
 
     /// Whether a record can be published just now; `maintain` makes room.
@@ -203,18 +372,18 @@ impl SharedIndex {
         Ok(sharers)
     }
 
-    /// Gives a sharer back; the last one's frame is returned, to be freed with no lock held.
-    pub(crate) fn leave(&self, sharer: Sharer) -> Option<Frame> {
+    /// Gives a sharer back; what the last one leaves is returned, to be freed with no lock held.
+    pub(crate) fn leave(&self, sharer: Sharer) -> Option<Owned> {
         let mut inner = self.lock();
         let id = sharer.record();
-        let label = inner.records.page(id).map(|page| page.label());
+        let label = inner.records.held(id).map(|held| held.label());
         match inner.records.leave(sharer) {
             AfterDrop::Shared => None,
-            AfterDrop::Last(frame) => {
+            AfterDrop::Last(owned) => {
                 if let Some(label) = label {
                     inner.catalog.remove(label.hash, Entry::Stable(id));
                 }
-                Some(frame)
+                Some(owned)
             }
         }
     }
@@ -300,7 +469,7 @@ impl SharedIndex {
                     catalog, records, ..
                 } = &mut *inner;
                 let grew = catalog.grow_step(&mut |entry| match entry {
-                    Entry::Stable(id) => records.page(id).map(|page| page.label().hash as u16),
+                    Entry::Stable(id) => records.held(id).map(|held| held.label().hash as u16),
                     hint => owner_bits(hint),
                 });
                 while let Some(displaced) = catalog.pop_displaced() {
@@ -328,8 +497,8 @@ impl SharedIndex {
         }
     }
 
-    /// Publishes every record that `rename` has a new key for under that key; all hints are dropped
-    /// because their hashes may be of another seed.
+    /// Publishes every record with a frame that `rename` has a new key for under that key; all hints
+    /// are dropped because their hashes may be of another seed.
     pub(crate) fn rename_records(&self, mut rename: impl FnMut(u32, &Frame, Label) -> Option<Key>) {
         self.expect_doubles();
         let mut inner = self.lock();
@@ -337,7 +506,7 @@ impl SharedIndex {
         let mut next = 0;
         while let Some(id) = inner.records.table().next_live(next) {
             next = id.saturating_add(1);
-            let Some(page) = inner.records.page(id) else {
+            let Some(Held::Frame(page)) = inner.records.held(id) else {
                 continue;
             };
             let (frame, old) = (page.get(), page.label());
@@ -361,7 +530,7 @@ impl SharedIndex {
 
     /// The scope that a record was published under.
     pub(crate) fn scope_of(&self, id: u32) -> Option<Scope> {
-        Some(Scope(self.lock().records.page(id)?.label().scope))
+        Some(Scope(self.lock().records.held(id)?.label().scope))
     }
 
     /// Figures for sysfs.
@@ -369,11 +538,19 @@ impl SharedIndex {
         let inner = self.lock();
         IndexFigures {
             pages_shared: inner.records.table().len(),
+            packed: inner.records.table().compressed(),
             pages_sharing: inner.records.table().pages_sharing(),
             bytes: inner
                 .catalog
                 .bytes()
-                .saturating_add(inner.records.table().bytes()),
+                .saturating_add(inner.records.table().bytes())
+                .saturating_add(
+                    inner
+                        .records
+                        .table()
+                        .compressed()
+                        .saturating_mul(Packed::BYTES),
+                ),
         }
     }
 }

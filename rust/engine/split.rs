@@ -35,6 +35,7 @@ use crate::{
         page::{Frame, Purpose},
         slots::{Content, SlotsOf, SLOTS},
         task::{self, Work},
+        zs::Scratch,
     },
 };
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -362,6 +363,8 @@ fn split_and_merge(host: &Host, region: &Region, supply: &mut Supply<'_>) -> boo
     let scope = vm.scope();
     let seed = host.seed(scope);
     let mut spare = None;
+    // Without it compressed shared pages are passed over; the scanner merges with them later.
+    let mut scratch = Scratch::new();
     for first in (0..SLOTS).step_by(RUN) {
         // Without room no pair is made; the scanner makes it later.
         let _ = host.index().maintain(host.registry(), host.contents());
@@ -384,7 +387,11 @@ fn split_and_merge(host: &Host, region: &Region, supply: &mut Supply<'_>) -> boo
                 // The scanner's own rule: what changed since the last look is left alone.
                 if slot.class() == Class::Unshared && slot.tag() == key.hash as u16 {
                     let rules = host.rules();
-                    let outcome = merge::try_merge(host, &mut guard, index, key, rules, &mut spare);
+                    let room = merge::Room {
+                        spare: &mut spare,
+                        scratch: &mut scratch,
+                    };
+                    let outcome = merge::try_merge(host, &mut guard, index, key, rules, room);
                     if outcome == merge::Outcome::Merged {
                         count(&host.splits.gained);
                     }

@@ -175,7 +175,12 @@ files! {
     "pages_unshared": |h, page| line(page, h.0.totals().unshared);
     "pages_volatile": |h, page| line(page, h.0.totals().volatile);
     "zero_pages": |h, page| line(page, h.0.totals().zero);
-    "shared_frames_kb": |h, page| line(page, pages_to_kb(h.0.figures().pages_shared));
+    "shared_frames_kb": |h, page| {
+        let figures = h.0.figures();
+        line(page, pages_to_kb(figures.pages_shared.saturating_sub(figures.packed)))
+    };
+    "shared_compressed_kb": |h, page| line(page, pages_to_kb(h.0.figures().packed));
+    "shared_compressed_pool_kb": |h, page| line(page, pages_to_kb(h.0.shared_pools.pages()));
     "saved_kb": |h, page| line(page, pages_to_kb(saved_pages(&h.0)));
     "general_profit": |h, page| {
         let saved = i128::from(saved_pages(&h.0)).saturating_mul(4096);
@@ -193,6 +198,8 @@ files! {
     "active_samples": |h, page| line(page, load(&h.0.events.active_samples));
     "compressions": |h, page| line(page, load(&h.0.events.compressions));
     "decompressions": |h, page| line(page, load(&h.0.events.decompressions));
+    "shared_compressions": |h, page| line(page, load(&h.0.events.shared_compressions));
+    "shared_decompressions": |h, page| line(page, load(&h.0.events.shared_decompressions));
     "decompressions_failed": |h, page| line(page, load(&h.0.events.decompressions_failed));
     "reclaim_cpu_ms": |h, page| line(page, load(&h.0.events.reclaim_cpu_us) / 1000);
     "compressions_refused_pinned": |h, page| line(page, load(&h.0.compress_refusals.pinned));

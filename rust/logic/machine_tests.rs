@@ -157,9 +157,9 @@ impl Machine {
     }
 
     fn leave(&mut self, id: u32) {
-        if let Dropped::Last { pfn } = self.records.drop_sharer(id).unwrap() {
+        if let Dropped::Last(bytes) = self.records.drop_sharer(id).unwrap() {
             self.unlist(id);
-            self.frames.free(pfn);
+            self.frames.free(bytes.payload);
         }
     }
 
@@ -191,7 +191,7 @@ impl Machine {
             State::Compressed | State::Filled => unreachable!("this machine compresses nothing"),
             State::Shared => self
                 .frames
-                .get(self.records.get(slot.record()).unwrap().pfn),
+                .get(self.records.get(slot.record()).unwrap().bytes.payload),
         }
     }
 
@@ -260,7 +260,7 @@ impl Machine {
             State::Shared => {
                 let shared = self.records.get(slot.record()).unwrap();
                 if shared.sharers == 1 {
-                    let own = self.frames.alloc(self.frames.get(shared.pfn));
+                    let own = self.frames.alloc(self.frames.get(shared.bytes.payload));
                     let old = self.set(page, Slot::private(own).with_backoff(slot.backoff()));
                     self.release(old);
                 }
@@ -317,7 +317,8 @@ impl Machine {
             match candidate {
                 Entry::Stable(id) => {
                     // Never the hash alone.
-                    let equal = self.frames.get(self.records.get(id).unwrap().pfn) == content;
+                    let equal =
+                        self.frames.get(self.records.get(id).unwrap().bytes.payload) == content;
                     if equal && self.records.add_sharer(id, self.max_sharers).is_ok() {
                         let old = self.set(page, Slot::shared(id));
                         self.release(old);
@@ -404,11 +405,11 @@ impl Machine {
             let shared = self.records.get(id).unwrap();
             assert_eq!(shared.sharers, of);
             assert!(
-                owned.insert(shared.pfn),
+                owned.insert(shared.bytes.payload),
                 "a frame of a record and of something else"
             );
             let hash = self.labels[&id];
-            assert_eq!(hash, self.hash(self.frames.get(shared.pfn)));
+            assert_eq!(hash, self.hash(self.frames.get(shared.bytes.payload)));
             let listed = self
                 .catalog
                 .lookup(hash)

@@ -3,21 +3,22 @@
 //! Shared records: eight bytes for each frame that several slots share.
 //!
 //! ```text
-//!  63 62 61                                     22 21                   2 1    0
-//! +-----+-----------------------------------------+----------------------+------+
-//! |  0  | payload: frame number, or next free (40)| sharers less one (20)| form |
-//! +-----+-----------------------------------------+----------------------+------+
+//!  63 62     61                                     22 21                   2 1    0
+//! +--+------+-----------------------------------------+----------------------+------+
+//! | 0| idle | payload: frame number, or next free (40)| sharers less one (20)| form |
+//! +--+------+-----------------------------------------+----------------------+------+
 //! ```
 //!
 //! A record has one sharer or more, so one less is stored and 2^20 sharers fit. Free records form a
-//! list through their payloads, so keeping track of them takes no memory.
+//! list through their payloads, so keeping track of them takes no memory. What a payload means is
+//! for the owner of the records to say, by form. Idle: no sharer touched it since it was noted.
 
 /// Records in one page of the store.
 pub const RECORDS_PER_PAGE: usize = 512;
 /// The most sharers that one record can have.
 pub const SHARERS_MAX: u32 = 1 << SHARERS_BITS;
-/// The largest frame number that a record can hold.
-pub const PFN_MAX: u64 = (1 << PAYLOAD_BITS) - 1;
+/// The largest payload that a record can hold, a frame number or another.
+pub const PAYLOAD_MAX: u64 = (1 << PAYLOAD_BITS) - 1;
 
 const FORM_BITS: u32 = 2;
 const SHARERS_BITS: u32 = 20;
@@ -25,9 +26,11 @@ const PAYLOAD_BITS: u32 = 40;
 const SHARERS_SHIFT: u32 = FORM_BITS;
 const PAYLOAD_SHIFT: u32 = FORM_BITS + SHARERS_BITS;
 
-const _: () = assert!(PAYLOAD_SHIFT + PAYLOAD_BITS <= u64::BITS);
+const IDLE: u64 = 1 << (PAYLOAD_SHIFT + PAYLOAD_BITS);
+
+const _: () = assert!(PAYLOAD_SHIFT + PAYLOAD_BITS < u64::BITS);
 // A free record's payload is the id of the next one, plus one.
-const _: () = assert!(PFN_MAX > u32::MAX as u64);
+const _: () = assert!(PAYLOAD_MAX > u32::MAX as u64);
 const _: () = assert!(size_of::<RecordPage>() == 4096);
 
 /// Where the bytes of a record are.
@@ -37,7 +40,7 @@ pub enum Form {
     Free,
     /// In a frame.
     Frame,
-    /// In the pool of the domain.
+    /// In the pool of the domain, or known to be four bytes over and over.
     Compressed,
     /// In the swap file of the domain.
     Swapped,
@@ -49,11 +52,11 @@ pub struct Record(u64);
 
 impl Record {
     const fn free(next: u64) -> Record {
-        Record((next & PFN_MAX) << PAYLOAD_SHIFT)
+        Record((next & PAYLOAD_MAX) << PAYLOAD_SHIFT)
     }
 
-    const fn frame(pfn: u64, sharers: u32) -> Record {
-        Record(1 | ((pfn & PFN_MAX) << PAYLOAD_SHIFT)).with_sharers(sharers)
+    const fn new(form: Form, payload: u64, sharers: u32) -> Record {
+        Record(form as u64 | ((payload & PAYLOAD_MAX) << PAYLOAD_SHIFT)).with_sharers(sharers)
     }
 
     /// The same with another number of sharers.
@@ -80,10 +83,20 @@ impl Record {
         ((self.0 >> SHARERS_SHIFT) as u32 & (SHARERS_MAX - 1)) + 1
     }
 
-    /// Frame number.
+    /// Frame number, or what the form says.
     #[inline]
     pub const fn payload(self) -> u64 {
-        self.0 >> PAYLOAD_SHIFT
+        (self.0 >> PAYLOAD_SHIFT) & PAYLOAD_MAX
+    }
+
+    /// Whether no sharer touched it since that was noted.
+    #[inline]
+    pub const fn is_idle(self) -> bool {
+        self.0 & IDLE != 0
+    }
+
+    const fn with_idle(self, idle: bool) -> Record {
+        Record(if idle { self.0 | IDLE } else { self.0 & !IDLE })
     }
 }
 
@@ -118,11 +131,38 @@ pub trait RecordStore {
     fn page_mut(&mut self, i: usize) -> Option<&mut RecordPage>;
 }
 
+/// Where the bytes of a record in use are.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Bytes {
+    /// How they are kept; never [`Form::Free`].
+    pub form: Form,
+    /// The frame's number, or what the form says.
+    pub payload: u64,
+}
+
+impl Bytes {
+    /// In frame number `pfn`.
+    pub const fn frame(pfn: u64) -> Bytes {
+        Bytes {
+            form: Form::Frame,
+            payload: pfn,
+        }
+    }
+
+    /// Compressed, to be found by `payload`.
+    pub const fn compressed(payload: u64) -> Bytes {
+        Bytes {
+            form: Form::Compressed,
+            payload,
+        }
+    }
+}
+
 /// What is known of a shared record.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Shared {
-    /// Its frame.
-    pub pfn: u64,
+    /// Its bytes.
+    pub bytes: Bytes,
     /// Slots that share it, one or more.
     pub sharers: u32,
 }
@@ -140,11 +180,15 @@ pub struct Unknown;
 pub enum Dropped {
     /// So many sharers.
     Left(u32),
-    /// Nobody: the record is free, and the frame is the caller's.
-    Last {
-        /// The frame.
-        pfn: u64,
-    },
+    /// Nobody: the record is free, and these bytes are the caller's.
+    Last(Bytes),
+}
+
+const fn bytes_of(record: Record) -> Bytes {
+    Bytes {
+        form: record.form(),
+        payload: record.payload(),
+    }
 }
 
 /// All shared records of the host.
@@ -157,6 +201,7 @@ pub struct Records<S: RecordStore> {
     fresh: u64,
     live: u64,
     sharers: u64,
+    compressed: u64,
 }
 
 impl<S: RecordStore> Records<S> {
@@ -168,6 +213,7 @@ impl<S: RecordStore> Records<S> {
             fresh: 0,
             live: 0,
             sharers: 0,
+            compressed: 0,
         }
     }
 
@@ -210,9 +256,9 @@ impl<S: RecordStore> Records<S> {
     }
 
     /// A record for frame `pfn` with so many sharers. `None` without a free record, and for values
-    /// that a record cannot hold (no sharer, more than [`SHARERS_MAX`], a frame above [`PFN_MAX`]).
+    /// that a record cannot hold (no sharer, more than [`SHARERS_MAX`], a frame above [`PAYLOAD_MAX`]).
     pub fn alloc(&mut self, pfn: u64, sharers: u32) -> Option<u32> {
-        if pfn > PFN_MAX || sharers == 0 || sharers > SHARERS_MAX || self.wants_page() {
+        if pfn > PAYLOAD_MAX || sharers == 0 || sharers > SHARERS_MAX || self.wants_page() {
             return None;
         }
         let id = if self.free == 0 {
@@ -221,7 +267,7 @@ impl<S: RecordStore> Records<S> {
             self.free.checked_sub(1)?
         };
         let old = self.word(id)?;
-        self.set(id, Record::frame(pfn, sharers))?;
+        self.set(id, Record::new(Form::Frame, pfn, sharers))?;
         if self.free == 0 {
             self.fresh = self.fresh.saturating_add(1);
         } else {
@@ -232,14 +278,46 @@ impl<S: RecordStore> Records<S> {
         u32::try_from(id).ok()
     }
 
-    /// Frame and sharers of a record in use.
+    /// Bytes and sharers of a record in use.
     #[inline]
     pub fn get(&self, id: u32) -> Option<Shared> {
         let record = self.live(id)?;
         Some(Shared {
-            pfn: record.payload(),
+            bytes: bytes_of(record),
             sharers: record.sharers(),
         })
+    }
+
+    /// Says where the bytes of a record in use are from here on; answers where they were. `None`, and
+    /// no change, for a record that is not in use and for bytes that a record cannot hold.
+    pub fn put(&mut self, id: u32, bytes: Bytes) -> Option<Bytes> {
+        let record = self.live(id)?;
+        if bytes.form == Form::Free || bytes.payload > PAYLOAD_MAX {
+            return None;
+        }
+        let moved = Record::new(bytes.form, bytes.payload, record.sharers());
+        self.set(id.into(), moved)?;
+        self.count(record.form(), bytes.form);
+        Some(bytes_of(record))
+    }
+
+    /// Notes whether the record is idle; answers what it was before, false for one not in use.
+    pub fn note_idle(&mut self, id: u32, idle: bool) -> bool {
+        let Some(record) = self.live(id) else {
+            return false;
+        };
+        if record.is_idle() != idle {
+            self.set(id.into(), record.with_idle(idle));
+        }
+        record.is_idle()
+    }
+
+    fn count(&mut self, from: Form, to: Form) {
+        let is = |form: Form| u64::from(form == Form::Compressed);
+        self.compressed = self
+            .compressed
+            .saturating_add(is(to))
+            .saturating_sub(is(from));
     }
 
     /// Adds a sharer unless there are `max` of them; answers how many there are now.
@@ -268,9 +346,8 @@ impl<S: RecordStore> Records<S> {
         let record = self.live(id).ok_or(Unknown)?;
         if record.sharers() == 1 {
             self.release(id).ok_or(Unknown)?;
-            return Ok(Dropped::Last {
-                pfn: record.payload(),
-            });
+            self.count(record.form(), Form::Free);
+            return Ok(Dropped::Last(bytes_of(record)));
         }
         let sharers = record.sharers().saturating_sub(1);
         self.set(id.into(), record.with_sharers(sharers))
@@ -296,6 +373,11 @@ impl<S: RecordStore> Records<S> {
     /// Whether no record is in use.
     pub fn is_empty(&self) -> bool {
         self.live == 0
+    }
+
+    /// Records whose bytes are compressed.
+    pub fn compressed(&self) -> u64 {
+        self.compressed
     }
 
     /// Sharers of all records.
@@ -352,11 +434,17 @@ mod tests {
     #[test]
     fn fields_do_not_touch_each_other() {
         for sharers in [1, 2, 65_536, SHARERS_MAX] {
-            for pfn in [0, 1, PFN_MAX] {
-                let record = Record::frame(pfn, sharers);
-                assert_eq!((record.form(), record.sharers()), (Form::Frame, sharers));
-                assert_eq!(record.payload(), pfn);
-                assert_eq!(record.with_sharers(7), Record::frame(pfn, 7));
+            for pfn in [0, 1, PAYLOAD_MAX] {
+                for form in [Form::Frame, Form::Compressed, Form::Swapped] {
+                    let record = Record::new(form, pfn, sharers);
+                    assert_eq!((record.form(), record.sharers()), (form, sharers));
+                    assert_eq!(record.payload(), pfn);
+                    assert_eq!(record.with_sharers(7), Record::new(form, pfn, 7));
+                    let idle = record.with_idle(true);
+                    assert!(idle.is_idle() && !record.is_idle());
+                    assert_eq!((idle.payload(), idle.sharers()), (pfn, sharers));
+                    assert_eq!(idle.with_idle(false), record);
+                }
             }
         }
         let next = u64::from(u32::MAX) + 1;
@@ -380,28 +468,54 @@ mod tests {
     #[test]
     fn what_a_record_cannot_hold_is_refused() {
         let mut records = with_pages(1);
-        assert_eq!(records.alloc(PFN_MAX + 1, 2), None);
+        assert_eq!(records.alloc(PAYLOAD_MAX + 1, 2), None);
         assert_eq!(records.alloc(1, 0), None);
         assert_eq!(records.alloc(1, SHARERS_MAX + 1), None);
         assert!(records.is_empty());
-        let id = records.alloc(PFN_MAX, SHARERS_MAX).unwrap();
+        let id = records.alloc(PAYLOAD_MAX, SHARERS_MAX).unwrap();
         assert_eq!(records.add_sharer(id, u32::MAX), Err(Full));
         assert_eq!(
             records.get(id),
             Some(Shared {
-                pfn: PFN_MAX,
+                bytes: Bytes::frame(PAYLOAD_MAX),
                 sharers: SHARERS_MAX
             })
         );
+        assert_eq!(records.put(id, Bytes::compressed(PAYLOAD_MAX + 1)), None);
+        let nowhere = Bytes {
+            form: Form::Free,
+            payload: 0,
+        };
+        assert_eq!(records.put(id, nowhere), None);
+        assert_eq!(
+            records.put(id, Bytes::compressed(7)),
+            Some(Bytes::frame(PAYLOAD_MAX))
+        );
+        assert_eq!(records.compressed(), 1);
+    }
+
+    #[test]
+    fn a_record_is_idle_until_it_is_touched() {
+        let mut records = with_pages(1);
+        let id = records.alloc(9, 2).unwrap();
+        assert!(!records.note_idle(id, true));
+        records.add_sharer(id, 9).unwrap();
+        assert!(records.note_idle(id, false));
+        assert!(!records.note_idle(id, true));
+        // Bytes in another place were not looked at there.
+        records.put(id, Bytes::compressed(3)).unwrap();
+        assert!(!records.note_idle(id, false));
+        assert!(!records.note_idle(id + 1, true));
     }
 
     #[test]
     fn unknown_ids_are_told() {
         let mut records = with_pages(1);
         let id = records.alloc(9, 1).unwrap();
-        assert_eq!(records.drop_sharer(id), Ok(Dropped::Last { pfn: 9 }));
+        assert_eq!(records.drop_sharer(id), Ok(Dropped::Last(Bytes::frame(9))));
         for id in [id, id + 1, 512, u32::MAX] {
             assert_eq!(records.get(id), None);
+            assert_eq!(records.put(id, Bytes::frame(3)), None);
             assert_eq!(records.add_sharer(id, 9), Err(Full));
             assert_eq!(records.drop_sharer(id), Err(Unknown));
         }
@@ -417,14 +531,19 @@ mod tests {
         Alloc { pfn: u64, sharers: u32 },
         Add { pick: usize, max: u32 },
         Drop { pick: usize },
+        Put { pick: usize, bytes: Bytes },
     }
 
     fn op() -> impl Strategy<Value = Op> {
         prop_oneof![
             1 => Just(Op::Page),
-            20 => (0..=PFN_MAX, 1u32..4).prop_map(|(pfn, sharers)| Op::Alloc { pfn, sharers }),
+            20 => (0..=PAYLOAD_MAX, 1u32..4).prop_map(|(pfn, sharers)| Op::Alloc { pfn, sharers }),
             10 => (any::<usize>(), 1u32..6).prop_map(|(pick, max)| Op::Add { pick, max }),
             20 => any::<usize>().prop_map(|pick| Op::Drop { pick }),
+            10 => (any::<usize>(), any::<bool>(), 0..=PAYLOAD_MAX).prop_map(|(pick, frame, payload)| {
+                let bytes = if frame { Bytes::frame(payload) } else { Bytes::compressed(payload) };
+                Op::Put { pick, bytes }
+            }),
         ]
     }
 
@@ -447,7 +566,8 @@ mod tests {
                         let id = records.alloc(pfn, sharers);
                         prop_assert_eq!(id.is_none(), full);
                         if let Some(id) = id {
-                            let old = model.insert(id, Shared { pfn, sharers });
+                            let bytes = Bytes::frame(pfn);
+                            let old = model.insert(id, Shared { bytes, sharers });
                             prop_assert_eq!(old, None, "a record in use given out");
                         }
                     }
@@ -463,16 +583,24 @@ mod tests {
                     Op::Drop { pick } => if let Some(id) = picked(pick) {
                         let shared = model.get_mut(&id).unwrap();
                         shared.sharers -= 1;
-                        let Shared { pfn, sharers } = *shared;
+                        let Shared { bytes, sharers } = *shared;
                         let dropped = if sharers > 0 {
                             Dropped::Left(sharers)
                         } else {
                             model.remove(&id);
-                            Dropped::Last { pfn }
+                            Dropped::Last(bytes)
                         };
                         prop_assert_eq!(records.drop_sharer(id), Ok(dropped));
                     },
+                    Op::Put { pick, bytes } => if let Some(id) = picked(pick) {
+                        let shared = model.get_mut(&id).unwrap();
+                        prop_assert_eq!(records.put(id, bytes), Some(shared.bytes));
+                        shared.bytes = bytes;
+                    },
                 }
+                let compressed = |shared: &&Shared| shared.bytes.form == Form::Compressed;
+                let compressed = model.values().filter(compressed).count() as u64;
+                prop_assert_eq!(records.compressed(), compressed);
                 let sharers = model.values().map(|shared| u64::from(shared.sharers)).sum::<u64>();
                 prop_assert_eq!(records.len(), model.len() as u64);
                 prop_assert_eq!(records.sharers(), sharers);

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The frames that shared records own, and the memory that the shared index lives in.
+//! What shared records own, frames and packed pages, and the memory that the shared index lives in.
 
 use super::{
     inject,
+    packed::Packed,
     page::{Frame, Label, PageRef},
     slots::Sharer,
+    zs::{Corrupt, Scratch},
 };
 use crate::logic::{
     catalog::{GroupPage, PageStore},
-    records::{Dropped, RecordPage, RecordStore, Records},
+    records::{Bytes, Dropped, Form, RecordPage, RecordStore, Records},
 };
 use kernel::{
     alloc::{flags::__GFP_ZERO, AllocError},
@@ -55,19 +57,95 @@ impl RecordStore for Boxes<RecordPage> {
     }
 }
 
+/// The bytes of a record as a value, to be dropped with no lock held.
+pub(crate) enum Owned {
+    /// A frame.
+    Frame(Frame),
+    /// A page without a frame.
+    Packed(KBox<Packed>),
+}
+
+impl Owned {
+    /// Gives the ownership away as words of a record.
+    fn into_bytes(self) -> Bytes {
+        match self {
+            Owned::Frame(frame) => Bytes::frame(frame.into_pfn()),
+            Owned::Packed(packed) => Bytes::compressed(Packed::into_payload(packed)),
+        }
+    }
+
+    /// The reverse of [`Owned::into_bytes`].
+    ///
+    /// # Safety
+    ///
+    /// `bytes` came from [`Owned::into_bytes`] and are turned back only once.
+    unsafe fn from_bytes(bytes: Bytes) -> Owned {
+        // SAFETY: By the caller's promise, for whichever form it was.
+        unsafe {
+            match bytes.form {
+                Form::Compressed => Owned::Packed(Packed::from_payload(bytes.payload)),
+                _ => Owned::Frame(Frame::from_pfn(bytes.payload)),
+            }
+        }
+    }
+}
+
+/// The bytes of a record, as long as its owner is borrowed.
+#[derive(Clone, Copy)]
+pub(crate) enum Held<'a> {
+    /// A frame.
+    Frame(PageRef<'a>),
+    /// A page without a frame.
+    Packed(&'a Packed),
+}
+
+impl Held<'_> {
+    /// What the record was published under.
+    pub(crate) fn label(&self) -> Label {
+        match self {
+            Held::Frame(page) => page.label(),
+            Held::Packed(packed) => packed.label(),
+        }
+    }
+}
+
 /// What became of a record that lost a sharer.
 pub(crate) enum AfterDrop {
     /// Others share it still.
     Shared,
-    /// That was the last one: the record is gone, here is its frame.
-    Last(Frame),
+    /// That was the last one: the record is gone, here is what it owned.
+    Last(Owned),
 }
 
-/// Records that own frames.
+/// Why a record was not packed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum NotPacked {
+    /// It has no frame, or another one than was thought.
+    Changed,
+    /// Somebody holds the frame, or a page table maps it.
+    Held,
+}
+
+/// Why a record has no frame of what it was packed to; it is what it was.
+pub(crate) enum NotUnpacked {
+    /// It was not packed: here is the frame that was meant for it.
+    Changed(Frame),
+    /// What was packed cannot be read.
+    Corrupt,
+}
+
+impl From<Corrupt> for NotUnpacked {
+    fn from(_: Corrupt) -> NotUnpacked {
+        NotUnpacked::Corrupt
+    }
+}
+
+/// Records that own frames and packed pages.
 ///
 /// # Invariants
 ///
-/// The payload of each live record is a frame number that owns one reference.
+/// The bytes of each live record came from [`Owned::into_bytes`], and are turned back once the
+/// record has others or is gone.
 pub(crate) struct FrameRecords(Records<Boxes<RecordPage>>);
 
 impl FrameRecords {
@@ -101,19 +179,24 @@ impl FrameRecords {
         match self.0.alloc(frame.as_ref().pfn(), 2) {
             Some(id) => {
                 // INVARIANT: the record takes the frame's reference over.
-                frame.into_pfn();
+                Owned::Frame(frame).into_bytes();
                 Ok((Sharer::new(id), Sharer::new(id)))
             }
             None => Err(frame),
         }
     }
 
-    /// The frame of a record that somebody keeps a sharer of.
-    pub(crate) fn page(&self, id: u32) -> Option<PageRef<'_>> {
-        let record = self.0.get(id)?;
-        // SAFETY: By the invariant the record owns a reference; it gives it away only through
+    /// What a record owns that somebody keeps a sharer of.
+    pub(crate) fn held(&self, id: u32) -> Option<Held<'_>> {
+        let bytes = self.0.get(id)?.bytes;
+        // SAFETY: By the invariant the record owns what its bytes say; it gives it away only through
         // `&mut self`.
-        Some(unsafe { PageRef::from_pfn(record.pfn) })
+        Some(unsafe {
+            match bytes.form {
+                Form::Compressed => Held::Packed(Packed::of_payload(bytes.payload)),
+                _ => Held::Frame(PageRef::from_pfn(bytes.payload)),
+            }
+        })
     }
 
     /// How many share the record, 0 for one that does not exist.
@@ -126,21 +209,91 @@ impl FrameRecords {
         self.0.add_sharer(id, max).ok().map(|_| Sharer::new(id))
     }
 
-    /// Renames what a record was published under.
+    /// Renames what a record was published under; one without a frame keeps its label.
     pub(crate) fn relabel(&mut self, id: u32, label: Label) {
-        if let Some(record) = self.0.get(id) {
+        let Some(bytes) = self.0.get(id).map(|record| record.bytes) else {
+            return;
+        };
+        if bytes.form == Form::Frame {
             // SAFETY: The record owns the reference; the second owner made here is forgotten below.
-            let mut frame = unsafe { Frame::from_pfn(record.pfn) };
+            let mut frame = unsafe { Frame::from_pfn(bytes.payload) };
             frame.set_label(label);
             frame.into_pfn();
+        }
+    }
+
+    /// Whether nobody touched the record's frame since it was last asked, and no page table maps it.
+    /// Who is about to map it says [`FrameRecords::touch`].
+    pub(crate) fn stays_idle(&mut self, id: u32) -> bool {
+        let unused = matches!(self.held(id), Some(Held::Frame(page)) if !page.is_mapped());
+        self.0.note_idle(id, unused) && unused
+    }
+
+    /// The record's frame is about to be mapped.
+    pub(crate) fn touch(&mut self, id: u32) {
+        self.0.note_idle(id, false);
+    }
+
+    /// Puts `packed`, which was made from `frame`, in the place of a record's frame, which is handed
+    /// over. It must be that one and nobody else's: in no page table, not pinned, and nobody about to
+    /// map it.
+    pub(crate) fn pack(
+        &mut self,
+        id: u32,
+        frame: Frame,
+        packed: KBox<Packed>,
+    ) -> Result<Owned, (NotPacked, Owned)> {
+        let why = match self.held(id) {
+            Some(Held::Frame(page)) if page.is(&frame) && page.label() == packed.label() => {
+                drop(frame);
+                // Thawed at once: who wants a reference has to borrow these records first.
+                page.freeze().is_none().then_some(NotPacked::Held)
+            }
+            _ => Some(NotPacked::Changed),
+        };
+        match why {
+            None => self
+                .exchange(id, Owned::Packed(packed))
+                .map_err(|packed| (NotPacked::Changed, packed)),
+            Some(why) => Err((why, Owned::Packed(packed))),
+        }
+    }
+
+    /// Gives a packed record `frame` with its content. What it was packed to is handed over.
+    pub(crate) fn unpack(
+        &mut self,
+        id: u32,
+        mut frame: Frame,
+        scratch: &mut Scratch,
+    ) -> Result<Owned, NotUnpacked> {
+        let Some(Held::Packed(packed)) = self.held(id) else {
+            return Err(NotUnpacked::Changed(frame));
+        };
+        packed.copy_to(&mut frame, scratch)?;
+        frame.set_label(packed.label());
+        self.exchange(id, Owned::Frame(frame))
+            .map_err(|_| NotUnpacked::Corrupt)
+    }
+
+    /// Puts `new` in the place of what a record owned, which is handed over; `new` comes back if the
+    /// record cannot hold it.
+    fn exchange(&mut self, id: u32, new: Owned) -> Result<Owned, Owned> {
+        let bytes = new.into_bytes();
+        // SAFETY: What the record had is turned back once, for it has other bytes now; `bytes` are
+        // turned back only if no record has them.
+        unsafe {
+            match self.0.put(id, bytes) {
+                Some(old) => Ok(Owned::from_bytes(old)),
+                None => Err(Owned::from_bytes(bytes)),
+            }
         }
     }
 
     /// Gives a sharer back.
     pub(crate) fn leave(&mut self, sharer: Sharer) -> AfterDrop {
         match self.0.drop_sharer(sharer.record()) {
-            // SAFETY: The record is gone, and with it the owner of this reference.
-            Ok(Dropped::Last { pfn }) => AfterDrop::Last(unsafe { Frame::from_pfn(pfn) }),
+            // SAFETY: The record is gone, and with it the owner of these bytes.
+            Ok(Dropped::Last(bytes)) => AfterDrop::Last(unsafe { Owned::from_bytes(bytes) }),
             _ => AfterDrop::Shared,
         }
     }

@@ -14,6 +14,7 @@ pub(crate) mod inject;
 pub(crate) mod kobj;
 pub(crate) mod mapping;
 pub(crate) mod memory;
+pub(crate) mod packed;
 pub(crate) mod page;
 pub(crate) mod protect;
 pub(crate) mod slots;

@@ -22,6 +22,8 @@ pub(crate) enum Purpose {
     Returned,
     /// A frame that several share: the host's.
     Shared,
+    /// The same, and a guest waits for it.
+    Awaited,
 }
 
 impl Purpose {
@@ -33,6 +35,7 @@ impl Purpose {
                 Purpose::GuestZeroed => bindings::thinram_gfp_guest_zeroed,
                 Purpose::Returned => bindings::thinram_gfp_returned,
                 Purpose::Shared => bindings::thinram_gfp_shared,
+                Purpose::Awaited => bindings::thinram_gfp_awaited,
             }
         }
     }
@@ -225,6 +228,11 @@ impl<'a> PageRef<'a> {
         unsafe { bindings::thinram_page_to_pfn(self.0.as_ptr()) as u64 }
     }
 
+    /// Whether it is the page of `frame`.
+    pub(crate) fn is(self, frame: &Frame) -> bool {
+        self.0 == frame.0
+    }
+
     /// The NUMA node.
     pub(crate) fn node(self) -> i32 {
         // SAFETY: The page is alive.
@@ -281,6 +289,18 @@ impl<'a> PageRef<'a> {
     pub(crate) fn is_zero(self) -> bool {
         // SAFETY: The page is in the direct map and PAGE_SIZE long.
         unsafe { bindings::memchr_inv(self.address(), 0, PAGE_SIZE).is_null() }
+    }
+
+    /// The four bytes that fill the page, if it is nothing else. They stay true as long as the page
+    /// cannot change.
+    pub(crate) fn filled_with(self) -> Option<u32> {
+        const STEP: usize = core::mem::size_of::<u32>();
+        let start = self.address().cast::<u8>();
+        // SAFETY: The page is PAGE_SIZE long and aligned; each of its words equals the next.
+        unsafe {
+            (bindings::memcmp(start.cast(), start.add(STEP).cast(), PAGE_SIZE - STEP) == 0)
+                .then(|| start.cast::<u32>().read())
+        }
     }
 
     /// Whether both pages hold the same bytes.
@@ -342,13 +362,7 @@ impl<'a> Frozen<'a> {
 
     /// The four bytes that fill the frozen page, if it is nothing else.
     pub(crate) fn filled_with(&self) -> Option<u32> {
-        const STEP: usize = core::mem::size_of::<u32>();
-        let start = self.page.address().cast::<u8>();
-        // SAFETY: The page is PAGE_SIZE long and aligned; each of its words equals the next.
-        unsafe {
-            (bindings::memcmp(start.cast(), start.add(STEP).cast(), PAGE_SIZE - STEP) == 0)
-                .then(|| start.cast::<u32>().read())
-        }
+        self.page.filled_with()
     }
 
     /// Whether the frozen page equals `other`, which must be frozen or immutable.

@@ -7,7 +7,10 @@ use super::{
     page::{Frame, PageRef},
 };
 use crate::logic::slot::Slot;
-use core::ptr::NonNull;
+use core::{
+    ptr::NonNull,
+    sync::atomic::{AtomicU64, Ordering},
+};
 use kernel::{
     alloc::flags::__GFP_NOWARN,
     page::PAGE_SIZE,
@@ -98,15 +101,18 @@ impl Drop for Pool {
     }
 }
 
-/// The compressed pages of a VM. Its pool, some tens of KiB when it is empty, is made when it is
-/// first needed.
-pub(crate) struct Store(SetOnce<Pool>);
+/// The compressed pages of a VM, or of a domain's shared ones. Its pool, some tens of KiB when it is
+/// empty, is made when it is first needed.
+pub(crate) struct Store {
+    pool: SetOnce<Pool>,
+    objects: AtomicU64,
+}
 
 /// A compressed page in a store.
 ///
 /// # Invariants
 ///
-/// The handle is a live object of the store of the slots that it belongs to.
+/// The handle is a live object of the store that its owner keeps.
 pub(super) struct Object {
     handle: usize,
     len: u16,
@@ -118,6 +124,21 @@ impl Object {
         // SAFETY: Handles lie in the direct map: they come from a slab.
         let address = unsafe { bindings::thinram_virt_to_phys(self.handle as *const _) };
         Slot::compressed(address, self.len)
+    }
+
+    /// Handle and length; whoever has them owns the object.
+    pub(super) fn into_parts(self) -> (usize, u16) {
+        (self.handle, self.len)
+    }
+
+    /// The reverse.
+    ///
+    /// # Safety
+    ///
+    /// The parts came from [`Object::into_parts`], and the object was not freed.
+    pub(super) unsafe fn from_parts(handle: usize, len: u16) -> Object {
+        // INVARIANT: by the caller's promise.
+        Object { handle, len }
     }
 
     /// The object of a Compressed slot.
@@ -139,33 +160,44 @@ impl Object {
 impl Store {
     /// Without a pool yet.
     pub(crate) fn new() -> Result<Arc<Store>> {
-        Ok(Arc::new(Store(SetOnce::new()), GFP_KERNEL)?)
+        Ok(Arc::new(
+            Store {
+                pool: SetOnce::new(),
+                objects: AtomicU64::new(0),
+            },
+            GFP_KERNEL,
+        )?)
     }
 
     /// Makes the pool if there is none; allocates.
     pub(crate) fn open(&self) -> Result {
-        if self.0.as_ref().is_some() {
+        if self.pool.as_ref().is_some() {
             return Ok(());
         }
         // SAFETY: The name is copied.
         let pool = unsafe { bindings::zs_create_pool(c"thinram".as_char_ptr()) };
         let pool = Pool(NonNull::new(pool).ok_or(ENOMEM)?);
         // Whoever came first made the pool; this one is dropped then.
-        self.0.populate(pool);
+        self.pool.populate(pool);
         Ok(())
     }
 
     /// Pages of memory that the objects take.
     pub(crate) fn pages(&self) -> u64 {
-        self.0.as_ref().map_or(0, |pool| {
+        self.pool.as_ref().map_or(0, |pool| {
             // SAFETY: The pool is alive.
             unsafe { bindings::zs_get_total_pages(pool.0.as_ptr()) as u64 }
         })
     }
 
+    /// Objects that it keeps.
+    pub(crate) fn objects(&self) -> u64 {
+        self.objects.load(Ordering::Relaxed)
+    }
+
     /// Moves objects together, so that memory between them comes free. May take a while.
     pub(crate) fn compact(&self) {
-        if let Some(pool) = self.0.as_ref() {
+        if let Some(pool) = self.pool.as_ref() {
             // SAFETY: The pool is alive.
             unsafe { bindings::zs_compact(pool.0.as_ptr()) };
         }
@@ -173,7 +205,7 @@ impl Store {
 
     /// Keeps `bytes` if the objects take no more than `max_pages` then. Does not wait for memory.
     pub(super) fn put(&self, bytes: &[u8], node: i32, max_pages: u64) -> Result<Object, NoRoom> {
-        let pool = self.0.as_ref().ok_or(NoRoom::Memory)?.0.as_ptr();
+        let pool = self.pool.as_ref().ok_or(NoRoom::Memory)?.0.as_ptr();
         let len = u16::try_from(bytes.len()).map_err(|_| NoRoom::Memory)?;
         // SAFETY: The pool is alive; the flags are a constant of helpers.c.
         let handle =
@@ -182,6 +214,7 @@ impl Store {
         if unsafe { bindings::thinram_is_err(handle) } {
             return Err(NoRoom::Memory);
         }
+        self.objects.fetch_add(1, Ordering::Relaxed);
         // INVARIANT: just made in this store.
         let object = Object { handle, len };
         // SAFETY: As in `into_slot`.
@@ -208,7 +241,7 @@ impl Store {
         scratch: &mut Scratch,
         to: &mut Frame,
     ) -> Result<(), Corrupt> {
-        let pool = self.0.as_ref().ok_or(Corrupt)?.0.as_ptr();
+        let pool = self.pool.as_ref().ok_or(Corrupt)?.0.as_ptr();
         let len = usize::from(object.len);
         // SAFETY: By the object's invariant it is alive, and `len` long; the scratch is longer. What
         // comes out is at most PAGE_SIZE bytes, into a frame that the caller owns alone.
@@ -237,7 +270,8 @@ impl Store {
 
     /// Forgets an object.
     pub(super) fn free(&self, object: Object) {
-        if let Some(pool) = self.0.as_ref() {
+        self.objects.fetch_sub(1, Ordering::Relaxed);
+        if let Some(pool) = self.pool.as_ref() {
             // SAFETY: By the object's invariant; nobody has it any more.
             unsafe { bindings::zs_free(pool.0.as_ptr(), object.handle) }
         }

@@ -7,4 +7,5 @@
 
 mod frames;
 mod index;
+mod packed;
 mod slots;

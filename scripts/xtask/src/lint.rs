@@ -271,11 +271,9 @@ pub fn arrows(path: &str, text: &str) -> Vec<(usize, String)> {
 /// The files of the engine by storey: objects, what is done to pages, and who does it. A file uses
 /// its own storey and those below, but those who do it are independent of each other.
 const STOREYS: &[&[&str]] = &[
+    &["vm", "region", "shared", "pressure", "sample", "stall"],
     &[
-        "vm", "region", "shared", "pressure", "caps", "sample", "stall",
-    ],
-    &[
-        "backing", "merge", "split", "compress", "swap", "huge", "survey",
+        "backing", "merge", "split", "compress", "cold", "caps", "swap", "huge", "survey",
     ],
     &["fault", "data", "scan", "reclaim", "regroup"],
 ];

@@ -5,6 +5,7 @@
 mod active;
 mod cgroup;
 mod check;
+mod cold;
 mod compress;
 mod content;
 mod contention;
@@ -170,6 +171,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         cgroup::CASES,
         huge::CASES,
         compress::CASES,
+        cold::CASES,
         active::CASES,
         inject::CASES,
         fuzz::CASES,
