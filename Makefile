@@ -22,6 +22,7 @@ kdir module check test demo bench host-shell uml-shell setup:
 	@scripts/bootstrap $@ $(ARGS)
 
 ctl:
+	@command -v cargo >/dev/null || { echo 'thinram: cargo is missing (Debian: cargo): install it' >&2; exit 1; }
 	cargo build --release --package thinramctl --target-dir target
 
 install: all ctl

@@ -107,7 +107,7 @@ pub struct VmConfig {
     pub dynamic_max_kb: u64,
     /// What it was started with.
     pub static_max_kb: u64,
-    /// What it gets before anything is known about it.
+    /// Its size under `manual` before one is asked for.
     pub start_target_kb: Option<u64>,
     /// What it has a right to under `entitlement`.
     pub entitlement_kb: Option<u64>,
@@ -514,7 +514,7 @@ impl Config {
         };
         let mut vms = Vec::with_capacity(raw.vm.len());
         let mut seen = HashMap::new();
-        let mut sockets = HashMap::new();
+        let mut names = Vec::new();
         for (nth, vm) in raw.vm.into_iter().enumerate() {
             let table = vm.span();
             let vm = vm.into_inner();
@@ -528,20 +528,33 @@ impl Config {
                 );
                 return Err((name, message));
             }
-            for (key, socket) in [("qmp", &checked.qmp), ("agent", &checked.agent)] {
+            vms.push(checked);
+            names.push(name);
+        }
+        let config = Self { host, vms };
+        match config.shared_socket() {
+            Some((nth, message)) => Err((names.swap_remove(nth), message)),
+            None => Ok(config),
+        }
+    }
+
+    /// A VM, by its place, with a socket that is named before; an error in words.
+    pub fn shared_socket(&self) -> Option<(usize, String)> {
+        let mut sockets = HashMap::new();
+        for (nth, vm) in self.vms.iter().enumerate() {
+            for (key, socket) in [("qmp", &vm.qmp), ("agent", &vm.agent)] {
                 let Some(socket) = socket else { continue };
-                if let Some(other) = sockets.insert(socket.clone(), checked.name.clone()) {
+                if let Some(other) = sockets.insert(socket, &vm.name) {
                     let message = format!(
                         "VM `{}`: {key} ({}) is a socket of VM `{other}` as well: each serves one",
-                        checked.name,
+                        vm.name,
                         escape(socket.as_os_str().as_encoded_bytes())
                     );
-                    return Err((name, message));
+                    return Some((nth, message));
                 }
             }
-            vms.push(checked);
         }
-        Ok(Self { host, vms })
+        None
     }
 
     /// The VM of that name.

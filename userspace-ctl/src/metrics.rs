@@ -483,6 +483,45 @@ mod tests {
             .collect()
     }
 
+    /// Metrics and the labels by which they are picked: `name{label=...,label=~...}`.
+    fn picked(text: &str) -> Vec<(&str, &str)> {
+        let mut found = Vec::new();
+        for (at, _) in text.match_indices('{') {
+            let start = text[..at].rfind(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            let name = &text[start.map_or(0, |start| start + 1)..at];
+            let Some((inner, _)) = text[at + 1..].split_once('}') else {
+                continue;
+            };
+            if name.starts_with("thinram_") {
+                let labels = inner.split(',').filter_map(|part| part.split_once('='));
+                found.extend(labels.map(|(label, _)| (name, label.trim())));
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn dashboard_and_alerts_pick_by_labels_that_are_told() {
+        let told = text();
+        for (file, least) in [
+            (include_str!("../dist/grafana-thinram.json"), 10),
+            (include_str!("../dist/thinram-alerts.yml"), 2),
+        ] {
+            let used = picked(file);
+            assert!(used.len() >= least, "{used:?}");
+            for (name, label) in used {
+                let has = |line: &str| {
+                    line.starts_with(&format!("{name}{{")) && line.contains(&format!("{label}=\""))
+                };
+                assert!(told.lines().any(has), "{name} has no label {label}");
+            }
+        }
+        assert_eq!(
+            picked("rate(thinram_x{a=~\"b\",c=\"d\"}[1m])"),
+            [("thinram_x", "a"), ("thinram_x", "c")]
+        );
+    }
+
     #[test]
     fn dashboard_and_alerts_use_what_is_told() {
         let told = names(&text());

@@ -134,7 +134,12 @@ impl Runtime {
 
     /// Keeps what was changed about a VM if it is good, else puts it back.
     fn checked(&mut self, file: &Config, name: &str, before: Option<Told>) -> Result<(), String> {
-        let checked = self.vm(file, name).map(|_| ());
+        let checked = self
+            .vm(file, name)
+            .and_then(|_| match self.over(file).0.shared_socket() {
+                Some((_, error)) => Err(error),
+                None => Ok(()),
+            });
         if checked.is_err() {
             match before {
                 Some(told) => self.vms.insert(name.to_owned(), told),
@@ -224,6 +229,12 @@ mod tests {
             .contains("already"));
         assert!(runtime.add(&file, &now, "a", &both).is_err());
         assert!(runtime.add(&file, &now, "x/y", &both).is_err());
+        let mut socket = both.clone();
+        socket.insert("qmp".into(), "/run/q".into());
+        runtime.set(&file, "b", "qmp", "/run/q").unwrap();
+        let error = runtime.add(&file, &now, "d", &socket).unwrap_err();
+        assert!(error.contains("socket of VM `b` as well"), "{error}");
+        assert!(!runtime.vms.contains_key("d"));
         assert!(runtime.add(&file, &now, "c", &settings(&[])).is_err());
         runtime.remove(&file, "b");
         runtime.remove(&file, "a");
