@@ -31,6 +31,8 @@ figures! {
         shared_frames_kb,
         /// Shared pages that are compressed, in KiB of what they were.
         shared_compressed_kb,
+        /// What these take in the pools of their domains, in KiB.
+        shared_compressed_pool_kb,
         /// Shared pages that are swapped, in KiB of what they were.
         shared_swapped_kb,
         /// Pages that were checked and are unique.
@@ -53,8 +55,26 @@ figures! {
         compressions,
         /// Pages that were brought back.
         decompressions,
+        /// Shared pages that were compressed, once for all sharers.
+        shared_compressions,
+        /// Shared pages that were brought back.
+        shared_decompressions,
         /// Pages that could not be brought back.
         decompressions_failed,
+        /// Pages that were written to swap.
+        swap_outs,
+        /// Pages that were read from swap.
+        swap_ins,
+        /// Writes to swap files.
+        swap_writes,
+        /// Reads from swap files.
+        swap_reads,
+        /// Writes that failed; their pages stay in memory.
+        swap_writes_failed,
+        /// Reads that failed; their pages are lost.
+        swap_reads_failed,
+        /// Pages whose checksum was wrong when they were read.
+        swap_objects_corrupt,
         /// Periods of sampling that are over.
         active_samples,
         /// CPU time of the reclaimer, in ms.

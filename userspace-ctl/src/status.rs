@@ -174,8 +174,28 @@ impl Status {
                     .shared_compressed_kb
                     .map(|kb| format!("shared pages {}", long_kb(kb))),
                 figures
+                    .shared_compressed_pool_kb
+                    .map(|kb| format!("in a pool of {}", long_kb(kb))),
+                figures
                     .shared_swapped_kb
                     .map(|kb| format!("swapped {}", long_kb(kb))),
+            ],
+            ", ",
+        );
+        line(
+            "swap",
+            &[
+                counted(figures.swap_outs, "pages out"),
+                counted(figures.swap_ins, "in"),
+                counted(
+                    figures.swap_writes_failed.filter(|n| *n > 0),
+                    "writes failed",
+                ),
+                counted(figures.swap_reads_failed.filter(|n| *n > 0), "reads failed"),
+                counted(
+                    figures.swap_objects_corrupt.filter(|n| *n > 0),
+                    "pages corrupt",
+                ),
             ],
             ", ",
         );
@@ -338,6 +358,7 @@ pub fn render_vm(vm: &Vm, host: &Host, width: usize) -> String {
     }
     add("resident", figures.resident_kb);
     add("compressed pool", figures.compressed_pool_kb);
+    add("swap file", figures.swap_file_kb);
     add("splittable", figures.splittable_kb);
     add("active", figures.active_kb);
     add("saved", vm.saved_kb(&host.figures));

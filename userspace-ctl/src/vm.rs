@@ -38,6 +38,8 @@ figures! {
         compressed_pool_kb,
         /// Swapped slots.
         swapped_kb,
+        /// What its swap file takes.
+        swap_file_kb,
         /// What the VM lately used, an estimate by samples.
         active_kb,
         /// What the VM saves by sharing; where the module tells it.
