@@ -15,6 +15,10 @@
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
 #include <linux/xxhash.h>
+#include <asm/pgalloc.h>
+#ifdef CONFIG_TRANSPARENT_HUGEPAGE
+#include <asm/invpcid.h>
+#endif
 #include "helpers.h"
 
 /* Pages. Guest frames count against the cgroup of the task that faults; shared ones are the host's. */
@@ -206,6 +210,81 @@ vm_fault_t thinram_huge_insert(struct vm_fault *vmf, struct page *page, bool wri
 	return VM_FAULT_FALLBACK;
 }
 #endif
+
+/* Tables of 4 KiB entries. */
+bool thinram_table_can_go(const struct vm_fault *vmf)
+{
+#if defined(CONFIG_TRANSPARENT_HUGEPAGE) && defined(CONFIG_IOMMU_MM_DATA)
+	return !vmf->vma->vm_mm->iommu_mm && !cpu_feature_enabled(X86_FEATURE_XENPV) &&
+	       (!cpu_feature_enabled(X86_FEATURE_PCID) ||
+		cpu_feature_enabled(X86_FEATURE_INVPCID));
+#else
+	return false;
+#endif
+}
+
+spinlock_t *thinram_table_lock_middle(struct vm_fault *vmf)
+{
+	return pmd_lock(vmf->vma->vm_mm, vmf->pmd);
+}
+
+spinlock_t *thinram_table_lock_inner(struct vm_fault *vmf, spinlock_t *middle)
+{
+	spinlock_t *inner = pte_lockptr(vmf->vma->vm_mm, vmf->pmd);
+
+	if (inner != middle)
+		spin_lock_nested(inner, SINGLE_DEPTH_NESTING);
+	return inner;
+}
+
+void thinram_table_unlock(spinlock_t *lock)
+{
+	spin_unlock(lock);
+}
+
+const unsigned long *thinram_table_entries(const struct vm_fault *vmf)
+{
+	return (const unsigned long *)pmd_page_vaddr(*vmf->pmd);
+}
+
+struct page *thinram_table_page(const struct vm_fault *vmf)
+{
+	return pmd_pgtable(*vmf->pmd);
+}
+
+void thinram_table_clear(struct vm_fault *vmf)
+{
+	pmd_clear(vmf->pmd);
+	mm_dec_nr_ptes(vmf->vma->vm_mm);
+}
+
+static void thinram_flush_tlb(void *unused)
+{
+#ifdef CONFIG_TRANSPARENT_HUGEPAGE
+	if (cpu_feature_enabled(X86_FEATURE_PCID))
+		invpcid_flush_all_nonglobals();
+	else
+		native_write_cr3(__native_read_cr3());
+#endif
+}
+
+void thinram_table_flush(void)
+{
+	on_each_cpu(thinram_flush_tlb, NULL, 1);
+}
+
+static void thinram_table_freed(struct rcu_head *head)
+{
+	struct ptdesc *table = container_of(head, struct ptdesc, pt_rcu_head);
+
+	pagetable_dtor(table);
+	__pagetable_free(table);
+}
+
+void thinram_table_free(struct page *table)
+{
+	call_rcu(&page_ptdesc(table)->pt_rcu_head, thinram_table_freed);
+}
 
 /* Memory cgroups. */
 struct mem_cgroup *thinram_memcg_of_current(void)

@@ -57,6 +57,17 @@ bool thinram_huge_fits(struct vm_fault *vmf);
 int thinram_huge_middle(struct vm_fault *vmf);
 vm_fault_t thinram_huge_insert(struct vm_fault *vmf, struct page *page, bool write);
 
+/* C for Rust: tables of 4 KiB entries, see rust/sys/table.rs */
+bool thinram_table_can_go(const struct vm_fault *vmf);
+spinlock_t *thinram_table_lock_middle(struct vm_fault *vmf);
+spinlock_t *thinram_table_lock_inner(struct vm_fault *vmf, spinlock_t *middle);
+void thinram_table_unlock(spinlock_t *lock);
+const unsigned long *thinram_table_entries(const struct vm_fault *vmf);
+struct page *thinram_table_page(const struct vm_fault *vmf);
+void thinram_table_clear(struct vm_fault *vmf);
+void thinram_table_flush(void);
+void thinram_table_free(struct page *table);
+
 /* C for Rust: the rest */
 bool thinram_fatal_signal_pending(void);
 void thinram_cond_resched(void);

@@ -41,6 +41,7 @@ struct ThinRam {
     _reclaimer: Thread<Reclaimer>,
     _sysfs: SysfsTree,
     _host: HostReference,
+    _callbacks: Callbacks,
 }
 
 /// The file system, known to the kernel.
@@ -70,6 +71,15 @@ impl Drop for HostReference {
     }
 }
 
+/// Code that RCU still calls.
+struct Callbacks;
+
+impl Drop for Callbacks {
+    fn drop(&mut self) {
+        sys::table::wait_for_freed_tables();
+    }
+}
+
 impl kernel::Module for ThinRam {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         let host = Host::new()?;
@@ -93,6 +103,7 @@ impl kernel::Module for ThinRam {
             _reclaimer: reclaimer,
             _sysfs: sysfs,
             _host: reference,
+            _callbacks: Callbacks,
         })
     }
 }

@@ -19,7 +19,7 @@
 //! [^2]: brought back first, for all its sharers, if it was compressed.
 
 use super::{
-    backing::Backing, cold, compress, count, region::RegionGuard, shared::SharedPage, stall,
+    backing::Backing, cold, compress, count, huge, region::RegionGuard, shared::SharedPage, stall,
 };
 use crate::{
     logic::slot::{Slot, State, BACKOFF_MAX},
@@ -184,6 +184,9 @@ fn answer(backing: &Backing, mut fault: Fault, make_writable: bool) -> Answer {
         }
         if fault.middle() == Middle::Huge {
             // Another thread mapped the whole meanwhile.
+            return Answer::Done;
+        }
+        if !make_writable && huge::shall_come_again(backing, &fault, &mut guard) {
             return Answer::Done;
         }
         guard.revive(index);

@@ -6,6 +6,7 @@
 
 use super::{
     cold::SharedPools,
+    collapse::CollapseEvents,
     compress,
     merge::{Refusals, Rules},
     pressure::Pressure,
@@ -76,6 +77,10 @@ pub(crate) struct Knobs {
     pub(crate) active_sample_period_secs: AtomicU64,
     /// Holes that a 2 MiB folio may have, percent of it.
     pub(crate) split_holes_percent: AtomicU64,
+    /// Seconds that the host has to be `high` for before regions are collapsed.
+    pub(crate) collapse_after_secs: AtomicU64,
+    /// Regions that are collapsed in a second at most, 0 = none.
+    pub(crate) collapse_per_sec: AtomicU64,
 }
 
 /// What the host counts.
@@ -170,6 +175,8 @@ pub(crate) struct Host {
     pub(crate) compress_refusals: compress::Refusals,
     /// Splits of 2 MiB folios.
     pub(crate) splits: SplitEvents,
+    /// Folios that were made of small pages.
+    pub(crate) collapses: CollapseEvents,
     /// How long faults waited for a region's lock.
     pub(crate) lock_wait_us: AtomicHist,
     /// Wakes the scanner.
@@ -247,11 +254,14 @@ impl Host {
                     active_sample_pages: AtomicU64::new(100),
                     active_sample_period_secs: AtomicU64::new(30),
                     split_holes_percent: AtomicU64::new(50),
+                    collapse_after_secs: AtomicU64::new(60),
+                    collapse_per_sec: AtomicU64::new(16),
                 },
                 events: Events::default(),
                 refusals: Refusals::default(),
                 compress_refusals: compress::Refusals::default(),
                 splits: SplitEvents::default(),
+                collapses: CollapseEvents::default(),
                 lock_wait_us: AtomicHist::new(),
                 scanner_bell <- Bell::new(),
                 reclaimer_bell <- Bell::new(),

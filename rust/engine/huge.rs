@@ -16,7 +16,7 @@
 //! Mappings that do not cover a region as a whole, or lie across it, show its parts by faults of
 //! 4 KiB, in `fault`. The first fault on an empty region decides what it is.
 
-use super::{backing::Backing, count, host::Host, vm::Vm};
+use super::{backing::Backing, count, host::Host, region::RegionGuard, vm::Vm};
 use crate::{
     logic::{state::HostState, tunables::LargePages},
     sys::{
@@ -102,18 +102,43 @@ pub(crate) fn serve(backing: &Backing, fault: Fault) -> Answer {
         count(&host.events.protect_faults);
         count(&backing.vm().events.protect_faults);
     }
-    match guard.huge() {
+    let answer = match guard.huge() {
         Some(frame) if !frame.is_poisoned() => fault.map_huge(frame, writable),
         _ => Answer::Fallback,
+    };
+    if answer == Answer::Done {
+        guard.mapped_whole();
+    }
+    answer
+}
+
+/// Whether a fault of 4 KiB in a folio shall come again as one of 2 MiB. The table of 4 KiB entries
+/// that is left from when the region was of small pages is taken away for that.
+pub(crate) fn shall_come_again(
+    backing: &Backing,
+    fault: &Fault,
+    guard: &mut RegionGuard<'_>,
+) -> bool {
+    let end = (fault.page_number() / SLOTS as u64 + 1).saturating_mul(SLOTS as u64);
+    if guard.huge().is_none() || !fault.fits_huge() || end > backing.pages() {
+        return false;
+    }
+    match fault.middle() {
+        Middle::Huge => false,
+        // Another thread took the table away.
+        Middle::Nothing => guard.may_ask_again(),
+        Middle::Table => {
+            let gone = fault.drop_empty_table();
+            if gone {
+                count(&backing.host().collapses.tables);
+            }
+            gone && guard.may_ask_again()
+        }
     }
 }
 
 /// Maps the folio of zeroes for a read of a region that is empty.
-fn show_zeroes(
-    backing: &Backing,
-    fault: &Fault,
-    mut guard: super::region::RegionGuard<'_>,
-) -> Answer {
+fn show_zeroes(backing: &Backing, fault: &Fault, mut guard: RegionGuard<'_>) -> Answer {
     // A write that lost its race for the region comes again.
     if fault.is_write() {
         return Answer::Done;

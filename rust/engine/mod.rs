@@ -14,6 +14,7 @@
 pub(crate) mod backing;
 pub(crate) mod caps;
 pub(crate) mod cold;
+pub(crate) mod collapse;
 pub(crate) mod compress;
 pub(crate) mod data;
 pub(crate) mod fault;

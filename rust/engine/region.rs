@@ -33,6 +33,9 @@ use kernel::{
 /// A set of slots of one region.
 pub(crate) type SlotSet = [u64; SLOTS / 64];
 
+/// See [`RegionGuard::may_ask_again`].
+const ASKS: u8 = 16;
+
 struct Inner {
     key: SlotKey,
     /// Gone once the file is: a retired region maps nothing and owns nothing.
@@ -44,6 +47,8 @@ struct Inner {
     huge: Option<HugeFrame>,
     /// When protecting it pays.
     calm: Calm,
+    /// Faults of 4 KiB that may still be sent back to come as one of 2 MiB.
+    asks: u8,
 }
 
 /// 2 MiB of a file.
@@ -86,6 +91,7 @@ impl Region {
                         protected: [0; SLOTS / 64],
                         huge: None,
                         calm: Calm::NEW,
+                        asks: ASKS,
                     },
                     "thinram_region"
                 ),
@@ -247,7 +253,32 @@ impl RegionGuard<'_> {
         }
         self.inner.huge = Some(frame);
         self.inner.calm = Calm::NEW;
+        self.inner.asks = ASKS;
         self.revive_all();
+    }
+
+    /// Puts `frame` in place of all pages, whose content it has and which no mapping shows; `release`
+    /// gets what each slot owned.
+    pub(crate) fn collapse(&mut self, frame: HugeFrame, release: &mut dyn FnMut(Content)) {
+        for index in 0..SLOTS {
+            release(self.set(index, Content::Huge(HugeWord::NEW), 0));
+        }
+        self.inner.huge = Some(frame);
+        self.inner.calm = Calm::NEW;
+        self.inner.asks = ASKS;
+    }
+
+    /// Whether a fault of 4 KiB in a folio is worth another try by 2 MiB: not for ever, for some
+    /// mappings never get one.
+    pub(crate) fn may_ask_again(&mut self) -> bool {
+        let may = self.inner.asks > 0;
+        self.inner.asks = self.inner.asks.saturating_sub(1);
+        may
+    }
+
+    /// The folio was mapped as a whole.
+    pub(crate) fn mapped_whole(&mut self) {
+        self.inner.asks = ASKS;
     }
 
     /// Takes the folio out: every slot in state Huge gets another content next.

@@ -16,6 +16,7 @@
 //! Lock order: policy > region > index. The reserve is filled with no lock held.
 
 use super::{
+    collapse::Collapser,
     count,
     host::Host,
     merge,
@@ -73,11 +74,13 @@ impl Work for Splitter {
         task::be_nice(5);
         let host = &self.0;
         let mut reserve = KVec::new();
+        let mut collapser = Collapser::new();
         while !task::should_stop() {
             let busy = self.round(&mut reserve);
             host.splits
                 .reserve
                 .store(reserve.len() as u64, Ordering::Relaxed);
+            collapser.round(host);
             if busy {
                 task::cond_resched();
             } else {

@@ -10,6 +10,7 @@ use crate::{
     },
     logic::{
         counts::{pages_to_kb, Class},
+        huge::Refusal,
         state::HostState,
         tunables::{self, BadValue, Knob, LargePages, RunMode, ShareScope},
     },
@@ -117,6 +118,10 @@ files! {
             h.0.set_split_holes_percent(knob("split_holes_percent", bytes)?);
             Ok(())
         };
+    "collapse_after_secs": |h, page| line(page, load(&h.0.knobs.collapse_after_secs)),
+        number!("collapse_after_secs", collapse_after_secs, splitter_bell);
+    "collapse_per_sec": |h, page| line(page, load(&h.0.knobs.collapse_per_sec)),
+        number!("collapse_per_sec", collapse_per_sec, splitter_bell);
     "share_scope": |h, page| line(page, h.0.policy().share_scope.as_str()),
         |h, bytes| {
             let scope = ShareScope::parse(bytes).map_err(refused)?;
@@ -215,6 +220,18 @@ files! {
     "splits_refused_pinned": |h, page| line(page, load(&h.0.splits.pinned));
     "splits_refused_no_memory": |h, page| line(page, load(&h.0.splits.no_memory));
     "splits_refused_poisoned": |h, page| line(page, load(&h.0.splits.poisoned));
+    "collapses": |h, page| line(page, load(&h.0.collapses.collapses));
+    "collapse_us": |h, page| line(page, load(&h.0.collapses.took_us));
+    "collapse_tables_freed": |h, page| line(page, load(&h.0.collapses.tables));
+    "collapses_refused_pinned": |h, page| line(page, load(&h.0.collapses.pinned));
+    "collapses_refused_no_memory": |h, page| line(page, load(&h.0.collapses.no_memory));
+    "collapses_refused_poisoned": |h, page| line(page, load(&h.0.collapses.poisoned));
+    "collapses_refused_shared": |h, page| line(page, unworthy(h, Refusal::Shared));
+    "collapses_refused_holes": |h, page| line(page, unworthy(h, Refusal::Holes));
+    "collapses_refused_compressed": |h, page| line(page, unworthy(h, Refusal::Compressed));
+    "collapses_refused_zeroes": |h, page| line(page, unworthy(h, Refusal::Zeroes));
+    "collapses_refused_unscanned": |h, page| line(page, unworthy(h, Refusal::Unscanned));
+    "collapses_refused_cold": |h, page| line(page, unworthy(h, Refusal::Cold));
     "merges_refused_pinned": |h, page| line(page, load(&h.0.refusals.pinned));
     "merges_refused_differs": |h, page| line(page, load(&h.0.refusals.differs));
     "merges_refused_full": |h, page| line(page, load(&h.0.refusals.full));
@@ -228,6 +245,14 @@ files! {
 fn spent_ms(host: &HostFiles, state: HostState) -> u64 {
     let spent = host.0.pressure.spent_ms();
     spent.get(state.index()).copied().unwrap_or(0)
+}
+
+fn unworthy(host: &HostFiles, refusal: Refusal) -> u64 {
+    host.0
+        .collapses
+        .unworthy
+        .get(refusal as usize)
+        .map_or(0, load)
 }
 
 fn saved_pages(host: &Host) -> u64 {

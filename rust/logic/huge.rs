@@ -20,7 +20,7 @@
 //! be mapped again, as a part of the whole, and written to without notice, so a hole is a hint, as
 //! all of this: who acts on it looks at the bytes.
 
-use super::slot::{Slot, State, HUGE};
+use super::slot::{Class, Slot, State, HUGE};
 
 /// What the last look made of a part.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -204,6 +204,96 @@ impl Gain {
     }
 }
 
+/// Why a region of small pages is not worth to be made a folio.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Refusal {
+    /// A page is shared: a copy would take memory.
+    Shared,
+    /// A page is a hole, or was never written.
+    Holes,
+    /// A page is compressed, so it is cold.
+    Compressed,
+    /// Too many pages of zeroes, which take no memory now.
+    Zeroes,
+    /// The scanner has not looked at all of it: a page may have an equal.
+    Unscanned,
+    /// Too few pages are mapped: nobody uses it.
+    Cold,
+}
+
+impl Refusal {
+    /// How many there are.
+    pub const COUNT: usize = 6;
+}
+
+/// What a region of small pages holds.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Worth {
+    pages: usize,
+    private: usize,
+    zeroes: usize,
+    shared: usize,
+    packed: usize,
+    unknown: usize,
+}
+
+impl Worth {
+    /// One in so many pages may be zero.
+    const ZERO_SHARE: usize = 8;
+
+    /// Adds up the slots of a region. `scanned`: the scanner looks at them, in time.
+    pub fn of(slots: impl Iterator<Item = Slot>, scanned: bool) -> Worth {
+        let mut worth = Worth::default();
+        for slot in slots {
+            worth.pages = worth.pages.saturating_add(1);
+            let counter = match slot.state() {
+                State::Private => {
+                    let unknown = scanned && slot.class() == Class::Unchecked;
+                    worth.unknown = worth.unknown.saturating_add(usize::from(unknown));
+                    &mut worth.private
+                }
+                State::Zero => &mut worth.zeroes,
+                State::Shared => &mut worth.shared,
+                State::Compressed | State::Filled => &mut worth.packed,
+                State::Empty | State::Huge => continue,
+            };
+            *counter = counter.saturating_add(1);
+        }
+        worth
+    }
+
+    /// Whether it should become a folio, as far as slots tell.
+    ///
+    /// # Errors
+    ///
+    /// The first reason why not.
+    pub fn verdict(self) -> Result<(), Refusal> {
+        let owned = [self.private, self.zeroes, self.packed];
+        let holes = owned.iter().sum::<usize>() != self.pages;
+        match self {
+            Worth { shared: 1.., .. } => Err(Refusal::Shared),
+            _ if holes => Err(Refusal::Holes),
+            Worth { packed: 1.., .. } => Err(Refusal::Compressed),
+            _ if self.zeroes > self.pages / Self::ZERO_SHARE => Err(Refusal::Zeroes),
+            Worth { unknown: 1.., .. } => Err(Refusal::Unscanned),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same, when `mapped` of its pages are mapped.
+    ///
+    /// # Errors
+    ///
+    /// The first reason why not.
+    pub fn and_mapped(self, mapped: usize) -> Result<(), Refusal> {
+        self.verdict()?;
+        if mapped < self.pages / 2 {
+            return Err(Refusal::Cold);
+        }
+        Ok(())
+    }
+}
+
 /// When write-protecting a folio pays: a write costs a fault for all of its 512 pages, and saves 512
 /// hashes if none comes. A folio that was written to between two passes is left alone for 1, 3, 7 ..
 /// passes.
@@ -342,6 +432,37 @@ mod tests {
         assert!((0..10).all(|_| calm.pass(true)));
         // After that one write costs no more than two passes.
         assert!(!calm.pass(false) && calm.pass(false));
+    }
+
+    #[test]
+    fn what_is_worth_to_be_a_folio() {
+        let known = Slot::private(7).looked_at(Class::Unshared, 1);
+        let changing = Slot::private(7).looked_at(Class::Volatile, 1);
+        let verdict = |count: usize, other: Slot, scanned| {
+            let slots = (0..512).map(|i| if i < count { other } else { known });
+            Worth::of(slots, scanned).verdict()
+        };
+        assert_eq!(verdict(0, known, true), Ok(()));
+        assert_eq!(verdict(512, changing, true), Ok(()));
+        assert_eq!(verdict(64, Slot::ZERO, true), Ok(()));
+        assert_eq!(verdict(65, Slot::ZERO, true), Err(Refusal::Zeroes));
+        assert_eq!(verdict(1, Slot::EMPTY, true), Err(Refusal::Holes));
+        assert_eq!(verdict(1, Slot::shared(3), true), Err(Refusal::Shared));
+        assert_eq!(verdict(1, Slot::filled(3), true), Err(Refusal::Compressed));
+        assert_eq!(
+            verdict(1, Slot::compressed(8, 9), true),
+            Err(Refusal::Compressed)
+        );
+        assert_eq!(verdict(1, Slot::private(8), true), Err(Refusal::Unscanned));
+        assert_eq!(verdict(512, Slot::private(8), false), Ok(()));
+        assert_eq!(
+            verdict(512, HugeWord::NEW.slot(), false),
+            Err(Refusal::Holes)
+        );
+        let worth = Worth::of([known; 512].into_iter(), true);
+        assert_eq!(worth.and_mapped(255), Err(Refusal::Cold));
+        assert_eq!(worth.and_mapped(256), Ok(()));
+        assert_eq!(Refusal::Cold as usize + 1, Refusal::COUNT);
     }
 
     proptest! {

@@ -114,9 +114,9 @@ words! {
     #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
     pub enum LargePages {
         /// Never; those that are there stay.
-        #[default]
         Never = "never",
         /// Where a whole region is empty and the mapping fits.
+        #[default]
         Always = "always",
     }
 }
@@ -213,6 +213,8 @@ pub const KNOBS: &[Knob] = &[
     Knob::new("merge_across_nodes", 0, 1, 1),
     Knob::new("max_page_sharing", 2, 1 << 20, 65536),
     Knob::new("split_holes_percent", 1, 100, 50),
+    Knob::new("collapse_after_secs", 0, 86_400, 60),
+    Knob::new("collapse_per_sec", 0, 65_536, 16),
     Knob::new("compress_max_percent", 0, 100, 10),
     Knob::new("compress_max_object_percent", 0, 100, 50),
     Knob::new("idle_tax_percent", 0, 99, 75),

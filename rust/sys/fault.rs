@@ -72,6 +72,11 @@ impl Fault {
         Fault(vmf)
     }
 
+    /// The kernel's own.
+    pub(super) fn as_ptr(&self) -> *mut bindings::vm_fault {
+        self.0.as_ptr()
+    }
+
     fn raw(&self) -> &bindings::vm_fault {
         // SAFETY: By the type's invariant.
         unsafe { self.0.as_ref() }
@@ -157,6 +162,9 @@ impl Fault {
 
     /// Allocates a zeroed folio of 2 MiB by the policy of the mapping that faulted.
     pub(crate) fn alloc_huge(&self) -> Option<HugeFrame> {
+        if inject::fails() {
+            return None;
+        }
         // SAFETY: The mapping is valid while the fault lock is held.
         let page = unsafe { bindings::thinram_huge_alloc_vma(self.0.as_ptr()) };
         // SAFETY: A fresh folio of 512 pages whose only reference is ours.

@@ -6,7 +6,12 @@
 //! maps it or a part of it. Each part can be kept by a [`super::page::Frame`] of its own, which is a
 //! reference to the whole.
 
-use super::{bindings, page::PageRef, protect, slots::SLOTS};
+use super::{
+    bindings, inject,
+    page::{copy_page, PageRef, PoisonedMemory},
+    protect,
+    slots::SLOTS,
+};
 use core::ptr::NonNull;
 use kernel::page::PAGE_SIZE;
 
@@ -28,6 +33,9 @@ impl HugeFrame {
     /// Allocates a zeroed folio near `node` (negative: anywhere near), without much effort: `None`
     /// where memory is short or in pieces, or where the kernel has no such folios.
     pub(crate) fn alloc(node: i32) -> Option<HugeFrame> {
+        if inject::fails() {
+            return None;
+        }
         // SAFETY: May sleep; callers hold no spinlock.
         NonNull::new(unsafe { bindings::thinram_huge_alloc(node) }).map(HugeFrame)
     }
@@ -52,6 +60,17 @@ impl HugeFrame {
         let page = unsafe { self.0.add(index % SLOTS) };
         // SAFETY: `self` keeps the folio.
         unsafe { PageRef::from_page(page) }
+    }
+
+    /// Fills one of the 512 pages with the content of `from`.
+    pub(crate) fn fill_part(
+        &mut self,
+        index: usize,
+        from: PageRef<'_>,
+    ) -> Result<(), PoisonedMemory> {
+        // SAFETY: The index lies within the folio, which nobody else has while it is ours mutably
+        // and in no region.
+        copy_page(unsafe { self.0.add(index % SLOTS) }, from)
     }
 
     /// Whether memory_failure() marked any of the pages.

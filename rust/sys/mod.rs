@@ -18,5 +18,6 @@ pub(crate) mod packed;
 pub(crate) mod page;
 pub(crate) mod protect;
 pub(crate) mod slots;
+pub(crate) mod table;
 pub(crate) mod task;
 pub(crate) mod zs;

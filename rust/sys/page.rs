@@ -147,7 +147,10 @@ impl Drop for Frame {
 #[derive(Debug)]
 pub(crate) struct PoisonedMemory;
 
-fn copy_page(to: NonNull<bindings::page>, from: PageRef<'_>) -> Result<(), PoisonedMemory> {
+pub(super) fn copy_page(
+    to: NonNull<bindings::page>,
+    from: PageRef<'_>,
+) -> Result<(), PoisonedMemory> {
     if from.is_poisoned() {
         return Err(PoisonedMemory);
     }

@@ -166,6 +166,24 @@ pub const KNOBS: &[Knob] = &[
     ),
     knob!(
         Host,
+        "collapse_after_secs",
+        Kind::Number,
+        (0, 86_400),
+        "60",
+        None,
+        "How long the host has to have memory before small pages become 2 MiB again."
+    ),
+    knob!(
+        Host,
+        "collapse_per_sec",
+        Kind::Number,
+        (0, 65_536),
+        "16",
+        None,
+        "2 MiB pages that are made of small ones in a second at most; 0 = none."
+    ),
+    knob!(
+        Host,
         "compress_max_percent",
         Kind::Percent,
         (0, 100),

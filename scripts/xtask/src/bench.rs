@@ -267,7 +267,7 @@ impl Scanner for Thinram {
     }
 }
 
-fn minor_faults() -> Result<u64> {
+pub fn minor_faults() -> Result<u64> {
     let stat = read("/proc/self/stat")?;
     let after = stat.rsplit(')').next().unwrap_or("");
     let field = after.split_whitespace().nth(7).context("/proc/self/stat")?;

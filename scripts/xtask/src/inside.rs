@@ -254,6 +254,11 @@ const CASES: &[Case] = &[
         run: no_domain,
     },
     Case {
+        name: "kvm_maps_2_mib_as_on_hugetlbfs",
+        module: true,
+        run: |_| crate::large::kvm_maps_2_mib(),
+    },
+    Case {
         name: "limited_guest_is_compressed_and_intact",
         module: true,
         run: limited,

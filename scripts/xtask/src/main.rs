@@ -11,6 +11,7 @@ mod env;
 mod guest;
 mod inside;
 mod ktap;
+mod large;
 mod libvirt;
 mod lint;
 mod promtool;
@@ -79,6 +80,8 @@ enum Inside {
     BenchCache,
     /// The benchmark
     Bench,
+    /// The part of it that compares 2 MiB pages, on the stock kernel
+    BenchLarge,
     /// The demo
     Demo,
     /// Tests with real guests, in KTAP
@@ -107,6 +110,7 @@ fn work(task: Task) -> Result<ExitCode> {
     if let Task::Inside(task) = task {
         let good = match task {
             Inside::Bench => bench::run()? & bench_cache::run()?,
+            Inside::BenchLarge => large::run()?,
             Inside::BenchCache => bench_cache::run()?,
             Inside::Demo => demo::run()?,
             Inside::Guests { fs, filter } => inside::guests(fs, &filter)?,

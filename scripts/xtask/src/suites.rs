@@ -39,16 +39,20 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
     }
     // Two machines fit on two cores: the one with guests has a single CPU.
     let (smp, kvm) = std::thread::scope(|s| {
-        let smp = s.spawn(|| Suite::run("stock kernel, 2 CPUs: scenarios", || smp(k)));
+        let smp = s.spawn(|| {
+            let scenarios = Suite::run("stock kernel, 2 CPUs: scenarios", || smp(k));
+            let large = "stock kernel: each protection of 2 MiB pages is missed";
+            vec![scenarios, Suite::run(large, || large_proofs(k))]
+        });
         let kvm = Suite::run("stock kernel: KVM guests", || guests(k));
         (smp.join(), kvm)
     });
-    suites.push(smp.unwrap_or_else(|_| {
+    suites.extend(smp.unwrap_or_else(|_| {
         let name = "stock kernel, 2 CPUs: scenarios";
-        Suite::new(
+        vec![Suite::new(
             name,
             vec![Test::fail("suite", "the runner itself panicked")],
-        )
+        )]
     }));
     suites.push(kvm);
     suites
@@ -183,6 +187,27 @@ const KUNIT: &str = "kunit.filter_glob=thinram*";
 fn smp(k: &Kernel) -> Result<Vec<Test>> {
     let script = "/src/scripts/vm/process --patience 15 --scale 0.3";
     Ok(vm::execute(k, &job("smp-scenarios", Place::SmpHost, script))?.tests())
+}
+
+/// The same as [`proofs`] for what User-Mode Linux has not: pages of 2 MiB.
+fn large_proofs(k: &Kernel) -> Result<Vec<Test>> {
+    let out = target("module-debug");
+    setup::build_module(k, &out, &target("module-debug.log"), &["THINRAM_DEBUG=y"])?;
+    let scenario = "/src/target/sysroot/release/thinram-scenario";
+    let script = format!(
+        "sh -c 'insmod /src/target/module-debug/thinram.ko; \
+         {scenario} run --filter debug/ --patience 4 --mount /run/thinram; \
+         {scenario} prove --protection large --patience 4 --mount /run/thinram'"
+    );
+    let mut job = job("large-proofs", Place::SmpHost, &script);
+    job.append += " panic_on_warn=0";
+    let run = vm::execute(k, &job)?;
+    let mut tests = ktap::parse(&run.output);
+    if run.exit.is_none() {
+        let why = format!("the run did not end, logs in {}", run.dir.display());
+        tests.push(Test::fail("proofs end", why));
+    }
+    Ok(tests)
 }
 
 fn guests(k: &Kernel) -> Result<Vec<Test>> {

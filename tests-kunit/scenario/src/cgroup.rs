@@ -15,6 +15,7 @@ use crate::check::{eq, fails, skip, that, within};
 use crate::content;
 use crate::ctx::{Ctx, Guest};
 use crate::harness::Case;
+use crate::huge;
 use crate::sharing::SOON;
 use crate::sys::{self, Child, Map, PAGE, RW};
 
@@ -24,6 +25,11 @@ pub const CASES: &[Case] = &[
         "memcg/charge",
         "a guest's own pages are its cgroup's, as kernel memory",
         charge,
+    ),
+    Case::thinram(
+        "memcg/charge-large",
+        "its 2 MiB pages are as well",
+        charge_large,
     ),
     Case::thinram(
         "memcg/shared",
@@ -131,7 +137,19 @@ fn vmm(group: &Cgroup, guest: &Guest, work: impl FnOnce(&Map) -> Result<()>) -> 
 }
 
 fn charge(ctx: &Ctx) -> Result<()> {
-    const PAGES: u64 = 2048;
+    charge_of(ctx, 0)
+}
+
+fn charge_large(ctx: &Ctx) -> Result<()> {
+    huge::always(ctx)?;
+    charge_of(ctx, PAGES * 4)
+}
+
+/// Pages whose charge is looked at: a multiple of 2 MiB.
+const PAGES: u64 = 2048;
+
+/// The charge of a guest, of which `huge_kb` is to be in 2 MiB pages.
+fn charge_of(ctx: &Ctx, huge_kb: u64) -> Result<()> {
     let group = Cgroup::new("charge")?;
     let mount = ctx.mount("m", "size=64M")?;
     let guest = mount.guest("web", PAGES as usize)?;
@@ -151,6 +169,7 @@ fn charge(ctx: &Ctx) -> Result<()> {
     turns.wait(ctx, 3)?;
     let grown = group.kernel_pages()?.saturating_sub(before);
     within("pages of `kernel`", grown, PAGES - SLACK, PAGES + SLACK)?;
+    huge::huge_is(ctx, "of a process in a cgroup", "web", huge_kb)?;
     for name in ["anon", "file", "shmem"] {
         let pages = group.get("memory.stat", name)? / PAGE as u64;
         that(format!("it is not in {name}: {pages}"), pages < PAGES / 2)?;

@@ -14,8 +14,10 @@ use nix::sys::signal::Signal;
 
 use crate::check::{bytes_are, eq, fails_any, page_is, skip, that, within, Code};
 use crate::content::{self, page_bytes};
+use crate::contention::force;
 use crate::ctx::{tool, Ctx};
 use crate::harness::Case;
+use crate::huge::{self, LARGE, LARGE_KB};
 use crate::mapping::Debuggee;
 use crate::sharing::{merged_twins, twins, SOON};
 use crate::sys::{self, Map, PAGE, RW, WORDS};
@@ -51,6 +53,11 @@ pub const CASES: &[Case] = &[
         "host/hwpoison-shared",
         "a broken shared frame breaks for all its sharers",
         hwpoison_shared,
+    ),
+    Case::thinram(
+        "host/hwpoison-large",
+        "a broken part of a 2 MiB page; the others are served",
+        hwpoison_large,
     ),
     Case::both(
         "mmap/vfio",
@@ -306,6 +313,47 @@ fn hwpoison(ctx: &Ctx) -> Result<()> {
     sys.set("run", 1)?;
     ctx.until_is("pages_sharing", 8, SOON)?;
     ctx.expect_used("at the end", &mount, "a", 0)
+}
+
+fn hwpoison_large(ctx: &Ctx) -> Result<()> {
+    huge::always(ctx)?;
+    let sys = ctx.sys();
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let guest = mount.guest("web", 2 * LARGE)?;
+    guest.fill(0, 2 * LARGE, 1);
+    // What would be split for its zeroes.
+    for page in 10..20 {
+        guest.map.write_page(page, &[0; WORDS]);
+    }
+    break_frame(&guest.map, 3)?;
+    for write in [false, true] {
+        touch_kills(ctx, &guest, 3, write)?;
+    }
+    let mut seen = vec![0; PAGE];
+    let read = guest.file.read_exact_at(&mut seen, 3 * PAGE as u64);
+    fails_any("read(2)", read, &[Errno::EIO])?;
+    // Its neighbours are served, page by page.
+    let second = Map::shared(&guest.file, 0, 2 * LARGE * PAGE, RW)?;
+    for page in [2, 4, LARGE - 1, LARGE] {
+        let expected = content::page(1 + page as u64);
+        page_is("a neighbour", &second.read_page(page), &expected)?;
+    }
+    second.set(2, 5, 7);
+    eq("a write beside it", guest.map.get(2, 5), 7)?;
+    // It is never split: a copy would not know what was there.
+    let refused = sys.get("splits_refused_poisoned")?;
+    sys.flat_out()?;
+    ctx.passes(2)?;
+    force(ctx, "clear")?;
+    ctx.until_least("splits_refused_poisoned", refused + 1, SOON)?;
+    huge::huge_is(ctx, "with a broken page", "web", 2 * LARGE_KB)?;
+    guest.holds(20, 2 * LARGE, 1)?;
+    force(ctx, "high")?;
+    // A hole of the whole puts it out of use.
+    sys::punch(&guest.file, 0, (LARGE * PAGE) as u64)?;
+    guest.fill(0, LARGE, 5000);
+    guest.holds(0, LARGE, 5000)?;
+    guest.holds(LARGE, 2 * LARGE, 1)
 }
 
 fn hwpoison_shared(ctx: &Ctx) -> Result<()> {

@@ -14,6 +14,7 @@ use crate::check::{bytes_are, eq, page_is, skip, that, Code};
 use crate::content::{self, pages_bytes};
 use crate::ctx::{Ctx, Guest, Mount};
 use crate::harness::Case;
+use crate::huge::{self, LARGE, LARGE_KB};
 use crate::sharing::SOON;
 use crate::sys::{self, PAGE};
 
@@ -28,6 +29,11 @@ pub const CASES: &[Case] = &[
         "debug/fail-allocation",
         "each allocation of each operation fails once: nothing is lost",
         fail_allocation,
+    ),
+    Case::thinram(
+        "debug/no-large",
+        "no 2 MiB in one piece: 4 KiB, and 2 MiB the next time",
+        no_large,
     ),
 ];
 
@@ -59,6 +65,48 @@ impl Drop for Switch {
             eprintln!("{e:#}");
         }
     }
+}
+
+fn no_large(ctx: &Ctx) -> Result<()> {
+    let fail = Switch::new(ctx, "fail_allocation")?;
+    huge::always(ctx)?;
+    let sys = ctx.sys();
+    sys.set("collapse_per_sec", 0)?;
+    sys.set("collapse_after_secs", 0)?;
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let guest = mount.guest("web", 3 * LARGE)?;
+    let refused = || sys.get("large_pages_refused_no_memory");
+    // What a read needs is there: the region, and the folio of zeroes.
+    guest.is_zero(0, 3 * LARGE)?;
+    let before = refused()?;
+    fail.set(1)?;
+    guest.fill(0, 1, 1);
+    eq("allocations left to the one that fails", fail.get()?, 0)?;
+    eq("refused by a fault", refused()? - before, 1)?;
+    huge::huge_is(ctx, "after a fault without one", "web", 0)?;
+    ctx.expect_used("after a fault without one", &mount, "web", 4)?;
+    guest.fill(1, LARGE, 1);
+    ctx.expect_used("of 512 small ones", &mount, "web", LARGE_KB)?;
+    // Preallocating gets its 2 MiB as well, in pieces.
+    fail.set(1)?;
+    sys::fallocate(&guest.file, 0, (LARGE * PAGE) as i64, (LARGE * PAGE) as i64)?;
+    eq("refused by fallocate", refused()? - before, 2)?;
+    huge::huge_is(ctx, "after fallocate without one", "web", 0)?;
+    ctx.expect_used("after fallocate", &mount, "web", 2 * LARGE_KB)?;
+    guest.fill(LARGE, 2 * LARGE, 1);
+    // A collapse comes again a second later.
+    let collapses = sys.get("collapses_refused_no_memory")?;
+    fail.set(1)?;
+    sys.set("collapse_per_sec", 1)?;
+    ctx.until_least("collapses_refused_no_memory", collapses + 1, 20.0)?;
+    ctx.until("huge_kb of 4096", 20.0, || {
+        let seen = sys.vm("web").get("huge_kb")?;
+        Ok((seen == 2 * LARGE_KB, seen.to_string()))
+    })?;
+    guest.fill(2 * LARGE, 3 * LARGE, 1);
+    huge::huge_is(ctx, "the next time", "web", 3 * LARGE_KB)?;
+    guest.holds(0, 3 * LARGE, 1)?;
+    ctx.expect_used("at the end", &mount, "web", 3 * LARGE_KB)
 }
 
 fn lost_hint(ctx: &Ctx) -> Result<()> {

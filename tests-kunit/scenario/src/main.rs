@@ -68,7 +68,7 @@ enum Command {
     Prove {
         #[command(flatten)]
         options: Options,
-        /// The protection, or `all`
+        /// The protection, `all` of those without 2 MiB pages, or `large`: the rest
         #[arg(long, default_value = "all")]
         protection: String,
         /// Print the table of protections

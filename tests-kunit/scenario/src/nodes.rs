@@ -13,6 +13,7 @@ use crate::check::{eq, fails, skip, that};
 use crate::content::pages_bytes;
 use crate::ctx::{Ctx, Guest};
 use crate::harness::Case;
+use crate::huge::{self, LARGE, LARGE_KB};
 use crate::sharing::{apart, together, SOON};
 use crate::sys::numa::{self, MOVE, STRICT};
 use crate::sys::{self, Map, PAGE, RW};
@@ -23,6 +24,11 @@ pub const CASES: &[Case] = &[
         "numa/bind",
         "pages come from the node that mbind names, and stay there",
         bind,
+    ),
+    Case::thinram(
+        "numa/large",
+        "2 MiB pages come from the node that mbind names",
+        large,
     ),
     Case::thinram(
         "numa/no-policy",
@@ -57,6 +63,18 @@ fn fill_on(guest: &Guest, node: u32, first: u64) -> Result<()> {
     numa::bind(&guest.map, node, STRICT | MOVE).context("mbind")?;
     guest.fill(0, guest.map.pages(), first);
     all_on(&guest.name, &guest.map, node)
+}
+
+fn large(ctx: &Ctx) -> Result<()> {
+    let nodes = numa::several_nodes()?;
+    huge::always(ctx)?;
+    let mount = ctx.mount("m", "size=64M")?;
+    for &node in &nodes {
+        let guest = mount.guest(&format!("large{node}"), 2 * LARGE)?;
+        fill_on(&guest, node, 1)?;
+        huge::huge_is(ctx, "by mbind", &guest.name, 2 * LARGE_KB)?;
+    }
+    Ok(())
 }
 
 fn bind(ctx: &Ctx) -> Result<()> {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{bail, Context, Result};
 
 /// The controls that a case may change and the harness puts back.
-pub const CONTROLS: [&str; 16] = [
+pub const CONTROLS: [&str; 18] = [
     "run",
     "scan_pages_per_sec",
     "scan_period_secs",
@@ -21,6 +21,8 @@ pub const CONTROLS: [&str; 16] = [
     "max_page_sharing",
     "large_pages",
     "split_holes_percent",
+    "collapse_after_secs",
+    "collapse_per_sec",
     "compress_max_percent",
     "compress_max_object_percent",
     "idle_tax_percent",
