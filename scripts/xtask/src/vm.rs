@@ -41,6 +41,7 @@ pub enum Place {
 }
 
 /// One run of a script.
+#[derive(Clone)]
 pub struct Job {
     /// Names the run's folder below `target/runs`.
     pub name: String,
