@@ -2,11 +2,16 @@
 /*
  * One-line inlines and operation tables, nothing that decides. See helpers.h.
  */
+#include <crypto/chacha.h>
+#include <linux/bvec.h>
+#include <linux/cred.h>
 #include <linux/io.h>
 #include <linux/kthread.h>
 #include <linux/lz4.h>
 #include <linux/memcontrol.h>
 #include <linux/module.h>
+#include <linux/mount.h>
+#include <linux/namei.h>
 #include <linux/pagemap.h>
 #include <linux/prefetch.h>
 #include <linux/psi.h>
@@ -14,12 +19,15 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
+#include <linux/siphash.h>
 #include <linux/xxhash.h>
 #include <asm/pgalloc.h>
 #ifdef CONFIG_TRANSPARENT_HUGEPAGE
 #include <asm/invpcid.h>
 #endif
 #include "helpers.h"
+
+static const struct super_operations thinram_super_ops;
 
 /* Pages. Guest frames count against the cgroup of the task that faults; shared ones are the host's. */
 const gfp_t thinram_gfp_guest = GFP_HIGHUSER | __GFP_ACCOUNT | __GFP_NOWARN;
@@ -302,6 +310,56 @@ struct mem_cgroup *thinram_memcg_charge_to(struct mem_cgroup *memcg)
 	return set_active_memcg(memcg);
 }
 
+/* Swap files. */
+int thinram_find_dir(const char *name, struct path *path)
+{
+	return kern_path(name, LOOKUP_FOLLOW | LOOKUP_DIRECTORY, path);
+}
+
+bool thinram_path_is_ours(const struct path *path)
+{
+	return path->dentry->d_sb->s_op == &thinram_super_ops;
+}
+
+struct file *thinram_swap_file(const struct path *dir)
+{
+	if (!d_inode(dir->dentry)->i_op->tmpfile)
+		return ERR_PTR(-EOPNOTSUPP);
+	return kernel_tmpfile_open(mnt_idmap(dir->mnt), dir, S_IFREG | 0600,
+				   O_RDWR | O_DIRECT | O_LARGEFILE | O_NOATIME, current_cred());
+}
+
+void thinram_kiocb_init(struct kiocb *kiocb, struct file *file, loff_t at)
+{
+	init_sync_kiocb(kiocb, file);
+	kiocb->ki_pos = at;
+}
+
+void thinram_bvec_set(struct bio_vec *vec, void *address, unsigned int len)
+{
+	bvec_set_virt(vec, address, len);
+}
+
+unsigned int thinram_memalloc_begin(void)
+{
+	return memalloc_noreclaim_save();
+}
+
+void thinram_memalloc_end(unsigned int flags)
+{
+	memalloc_noreclaim_restore(flags);
+}
+
+void thinram_chacha20_block(u32 *state, u8 *out)
+{
+	chacha20_block((struct chacha_state *)state, out);
+}
+
+u64 thinram_siphash(const void *data, size_t len, const u64 *key)
+{
+	return siphash(data, len, (const siphash_key_t *)key);
+}
+
 /* Tasks and time. */
 bool thinram_fatal_signal_pending(void)
 {
@@ -504,7 +562,7 @@ void thinram_sb_setup(struct super_block *sb)
 
 /* The order is that of `Opt` in rust/glue/mount.rs. */
 enum { OPT_SIZE, OPT_MODE, OPT_UID, OPT_GID, OPT_DOMAIN, OPT_SHARE, OPT_SCAN_PAGES,
-       OPT_LARGE_PAGES };
+       OPT_LARGE_PAGES, OPT_SWAP_DIR };
 
 static const struct fs_parameter_spec thinram_parameters[] = {
 	fsparam_string("size", OPT_SIZE),
@@ -515,6 +573,7 @@ static const struct fs_parameter_spec thinram_parameters[] = {
 	fsparam_bool("share", OPT_SHARE),
 	fsparam_u64("scan_pages_per_sec", OPT_SCAN_PAGES),
 	fsparam_string("large_pages", OPT_LARGE_PAGES),
+	fsparam_string("swap_dir", OPT_SWAP_DIR),
 	{}
 };
 

@@ -68,6 +68,17 @@ void thinram_table_clear(struct vm_fault *vmf);
 void thinram_table_flush(void);
 void thinram_table_free(struct page *table);
 
+/* C for Rust: swap files */
+int thinram_find_dir(const char *name, struct path *path);
+bool thinram_path_is_ours(const struct path *path);
+struct file *thinram_swap_file(const struct path *dir);
+void thinram_kiocb_init(struct kiocb *kiocb, struct file *file, loff_t at);
+void thinram_bvec_set(struct bio_vec *vec, void *address, unsigned int len);
+unsigned int thinram_memalloc_begin(void);
+void thinram_memalloc_end(unsigned int flags);
+void thinram_chacha20_block(u32 *state, u8 *out);
+u64 thinram_siphash(const void *data, size_t len, const u64 *key);
+
 /* C for Rust: the rest */
 bool thinram_fatal_signal_pending(void);
 void thinram_cond_resched(void);

@@ -19,7 +19,13 @@ mod sys;
 #[path = "../tests-kunit/kunit/mod.rs"]
 mod kunit;
 
-use engine::{host::Host, reclaim::Reclaimer, scan::Scanner, split::Splitter};
+use engine::{
+    host::Host,
+    reclaim::Reclaimer,
+    scan::Scanner,
+    split::Splitter,
+    swapper::{Reader, Writer, READERS},
+};
 use sys::task::Thread;
 
 module! {
@@ -39,6 +45,8 @@ struct ThinRam {
     _scanner: Thread<Scanner>,
     _splitter: Thread<Splitter>,
     _reclaimer: Thread<Reclaimer>,
+    _swap_out: Thread<Writer>,
+    _swap_in: [Thread<Reader>; READERS],
     _sysfs: SysfsTree,
     _host: HostReference,
     _callbacks: Callbacks,
@@ -92,6 +100,13 @@ impl kernel::Module for ThinRam {
         let reclaimer = Thread::start(c"thinram_reclaim", work)?;
         let work = Arc::new(Splitter(host.clone()), GFP_KERNEL)?;
         let splitter = Thread::start(c"thinram_split", work)?;
+        let work = Arc::new(Writer(host.clone()), GFP_KERNEL)?;
+        let swap_out = Thread::start(c"thinram_swapout", work)?;
+        let reader = || -> Result<Thread<Reader>> {
+            let work = Arc::new(Reader(host.clone()), GFP_KERNEL)?;
+            Thread::start(c"thinram_swapin", work)
+        };
+        let swap_in = [reader()?, reader()?, reader()?];
         let debug = glue::debug::DebugFiles::new(host)?;
         glue::fs::register()?;
         pr_info!("loaded; mount -t thinram -o domain=NAME thinram DIR\n");
@@ -101,6 +116,8 @@ impl kernel::Module for ThinRam {
             _scanner: scanner,
             _splitter: splitter,
             _reclaimer: reclaimer,
+            _swap_out: swap_out,
+            _swap_in: swap_in,
             _sysfs: sysfs,
             _host: reference,
             _callbacks: Callbacks,

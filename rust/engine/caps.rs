@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Changes of what bounds the compressed pages.
+//! Changes of what bounds the compressed pages, and of where they go beyond that.
 //!
-//! A lower cap brings pages back in the background. That takes memory, so a cap that is too low for
+//! A lower cap brings pages back in the background, unless they can go to the swap file; without
+//! `swap_dir` the pages in swap files come back. That takes memory, so a cap that is too low for
 //! what there is is refused, and nothing changes.
 //!
 //! Lock order: VM list > a VM's counts.
@@ -13,14 +14,17 @@ use crate::{
         counts::{pages_to_kb, Class},
         state::HostState,
     },
-    sys::memory,
+    sys::{memory, swapio::SwapDir},
 };
 use core::sync::atomic::Ordering;
 use kernel::{prelude::*, sync::Arc};
 
 /// KiB that must become frames again before the pool of `vm` is no larger than `percent`, and what
 /// the VM holds more then.
-fn needed_kb(vm: &Vm, percent: u64) -> (u64, u64) {
+fn needed_kb(host: &Host, vm: &Vm, percent: u64) -> (u64, u64) {
+    if vm.swap().is_on(&host.swap) {
+        return (0, 0);
+    }
     let pages = vm.snapshot().pages;
     let (pool, cap) = (
         vm.store().pages(),
@@ -60,7 +64,7 @@ impl Host {
         let mut fits = true;
         self.vms().for_each(|vm| {
             if vm.claims.compress_max_percent.load(Ordering::Relaxed) == 0 {
-                let (back_kb, more_kb) = needed_kb(vm, percent);
+                let (back_kb, more_kb) = needed_kb(self, vm, percent);
                 needed = needed.saturating_add(back_kb);
                 fits &= has_room(vm, more_kb);
             }
@@ -83,7 +87,7 @@ impl Host {
             0 => self.knobs.compress_max_percent.load(Ordering::Relaxed),
             own => own,
         };
-        let (back_kb, more_kb) = needed_kb(vm, effective);
+        let (back_kb, more_kb) = needed_kb(self, vm, effective);
         if !has_room(vm, more_kb) || !self.has_room(back_kb) {
             return Err(ENOMEM);
         }
@@ -91,6 +95,38 @@ impl Host {
             .compress_max_percent
             .store(percent, Ordering::Relaxed);
         self.try_vm_anew(vm);
+        Ok(())
+    }
+
+    /// `swap_dir`, for VMs whose mount names none; the empty name is none. Files in another directory
+    /// are emptied in the background: ENOMEM when what is in them would not fit. Else the errors of
+    /// [`SwapDir::open`]; nothing changes then.
+    pub(crate) fn set_swap_dir(&self, name: &[u8]) -> Result {
+        let dir = if name.is_empty() {
+            None
+        } else {
+            Some(Arc::new(SwapDir::open(name)?, GFP_KERNEL)?)
+        };
+        let same = match (&dir, &self.swap.dir()) {
+            (Some(new), Some(old)) => new.is(old),
+            _ => false,
+        };
+        if !same {
+            let mut needed = 0u64;
+            let mut fits = true;
+            self.vms().for_each(|vm| {
+                if vm.swap().own_dir().is_none() {
+                    let kb = vm.snapshot().pages.swapped_kb();
+                    needed = needed.saturating_add(kb);
+                    fits &= has_room(vm, kb);
+                }
+            });
+            if !fits || !self.has_room(needed) {
+                return Err(ENOMEM);
+            }
+        }
+        self.swap.set_dir(dir);
+        self.try_anew();
         Ok(())
     }
 

@@ -10,7 +10,7 @@
 
 use super::{count, host::Host, region::RegionGuard};
 use crate::{
-    logic::tunables::RunMode,
+    logic::{clusters::Place, tunables::RunMode},
     sys::{
         page::Frame,
         slots::Content,
@@ -43,14 +43,28 @@ pub(crate) enum Outcome {
     Refused,
     /// The pool is full, for every page of the VM.
     PoolFull,
+    /// The swap file has to be prepared for it first.
+    NeedsSwap,
 }
 
-/// Compresses the Private page of a slot, which must be in no page table.
+/// Where a page may go besides the pool.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Beyond {
+    /// Nowhere.
+    Nothing,
+    /// Into the swap file if it does not compress.
+    Incompressible,
+    /// Also if the pool is full.
+    All,
+}
+
+/// Compresses the Private page of a slot, which must be in no page table; or lets it go `beyond`.
 pub(crate) fn pack(
     host: &Host,
     guard: &mut RegionGuard<'_>,
     index: usize,
     compressor: &mut Compressor,
+    beyond: Beyond,
 ) -> Outcome {
     let refusals = &host.compress_refusals;
     let vm = guard.region().vm();
@@ -80,19 +94,32 @@ pub(crate) fn pack(
         packed(host, guard);
         return Outcome::Packed;
     }
-    if pool_is_full {
+    if pool_is_full && beyond != Beyond::All {
         count(&refusals.pool_full);
         return Outcome::PoolFull;
     }
     let Some(bytes) = compressor.compress(frozen.page(), host.max_object_bytes()) else {
         count(&refusals.incompressible);
-        return Outcome::Refused;
+        if beyond == Beyond::Nothing {
+            return Outcome::Refused;
+        }
+        let place = vm.swap().stage(&host.swap, frozen.bytes());
+        drop(frozen);
+        return swapped(host, guard, index, place);
     };
     drop(frozen);
+    if pool_is_full {
+        let place = vm.swap().stage(&host.swap, bytes);
+        return swapped(host, guard, index, place);
+    }
     match guard.pack(index, bytes, node, cap) {
         Ok(()) => {
             packed(host, guard);
             Outcome::Packed
+        }
+        Err(NoRoom::Full) if beyond == Beyond::All => {
+            let place = guard.region().vm().swap().stage(&host.swap, bytes);
+            swapped(host, guard, index, place)
         }
         Err(NoRoom::Full) => {
             count(&refusals.pool_full);
@@ -103,6 +130,34 @@ pub(crate) fn pack(
             Outcome::Refused
         }
     }
+}
+
+/// The page goes to where it was put in the swap file.
+fn swapped(
+    host: &Host,
+    guard: &mut RegionGuard<'_>,
+    index: usize,
+    place: Option<Place>,
+) -> Outcome {
+    let Some(place) = place else {
+        return Outcome::NeedsSwap;
+    };
+    host.release(guard.set(index, Content::Swapped(place), 0));
+    Outcome::Packed
+}
+
+/// Moves the object of a Compressed slot to the swap file.
+pub(crate) fn swap_out(
+    host: &Host,
+    guard: &mut RegionGuard<'_>,
+    index: usize,
+    scratch: &mut Scratch,
+) -> Outcome {
+    let Some(bytes) = guard.packed(index, scratch) else {
+        return Outcome::Refused;
+    };
+    let place = guard.region().vm().swap().stage(&host.swap, bytes);
+    swapped(host, guard, index, place)
 }
 
 fn packed(host: &Host, guard: &RegionGuard<'_>) {

@@ -10,9 +10,11 @@ use super::{
     compress, huge,
     region::{Region, RegionGuard},
     shared::SharedPage,
+    swap::{self, NotIn},
 };
 use crate::{
     logic::{
+        clusters::Place,
         huge::HugeWord,
         slot::{Slot, State},
     },
@@ -51,7 +53,7 @@ pub(crate) fn readable(backing: &Backing, page: u64) -> Result<Readable> {
                 Some(SharedPage::Frame(frame)) => Some(frame),
                 None => return Err(EIO),
             },
-            State::Compressed | State::Filled => None,
+            State::Compressed | State::Filled | State::Swapped => None,
         };
         let frame = match frame {
             Some(frame) => Some(frame),
@@ -63,7 +65,14 @@ pub(crate) fn readable(backing: &Backing, page: u64) -> Result<Readable> {
                     spare = Some((frame, Scratch::new().ok_or(ENOMEM)?));
                     continue;
                 };
-                copy_packed(backing, &guard, index, &mut scratch, &mut frame)?;
+                if slot.state() != State::Swapped {
+                    copy_packed(backing, &guard, index, &mut scratch, &mut frame)?;
+                } else if !swap::peek_in(backing.host(), &guard, index, &mut scratch, &mut frame)? {
+                    drop(guard);
+                    wait_for_read(backing, slot.place())?;
+                    spare = Some((frame, scratch));
+                    continue;
+                }
                 Some(frame)
             }
             None => None,
@@ -80,7 +89,7 @@ pub(crate) fn readable(backing: &Backing, page: u64) -> Result<Readable> {
 fn is_packed(slot: Slot) -> bool {
     matches!(
         slot.state(),
-        State::Compressed | State::Filled | State::Shared
+        State::Compressed | State::Filled | State::Shared | State::Swapped
     )
 }
 
@@ -98,6 +107,15 @@ fn copy_packed(
         _ => guard.unpack(index, scratch, to),
     }
     .map_err(|_| EIO)
+}
+
+/// Waits until an object of the swap file was read, or the task is killed.
+fn wait_for_read(backing: &Backing, place: Place) -> Result {
+    backing.vm().swap().load(&backing.host().swap, place);
+    if task::fatal_signal_pending() {
+        return Err(EINTR);
+    }
+    Ok(())
 }
 
 /// Page `page` for writing: a frame of its own, that counts as changed from here on.
@@ -130,7 +148,15 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
         if guard.is_retired() || page >= backing.pages() {
             return Err(EFBIG);
         }
-        if make_private(backing, &mut guard, index, &mut spare, &mut scratch)? {
+        let mut to_read = None;
+        if make_private(
+            backing,
+            &mut guard,
+            index,
+            &mut spare,
+            &mut scratch,
+            &mut to_read,
+        )? {
             guard.may_change(index);
             let frame = guard.own_page(index).map(|page| page.get()).ok_or(EIO)?;
             if frame.as_ref().is_poisoned() {
@@ -138,16 +164,22 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
             }
             return Ok(frame);
         }
+        drop(guard);
+        if let Some(place) = to_read {
+            wait_for_read(backing, place)?;
+        }
     }
 }
 
-/// Gives the slot a frame of its own if it has none. False when it needs a spare one first.
+/// Gives the slot a frame of its own if it has none. False when it needs a spare one first, or what
+/// is `to_read` from the swap file.
 fn make_private(
     backing: &Backing,
     guard: &mut RegionGuard<'_>,
     index: usize,
     spare: &mut Option<(Frame, bool)>,
     scratch: &mut Option<Scratch>,
+    to_read: &mut Option<Place>,
 ) -> Result<bool> {
     let host = backing.host();
     let slot = guard.slot(index);
@@ -186,6 +218,23 @@ fn make_private(
             };
             compress::unpack(host, guard, index, scratch, frame).map_err(|_| EIO)?;
             Ok(true)
+        }
+        State::Swapped => {
+            let Some(scratch) = scratch else {
+                return Ok(false);
+            };
+            let Some((frame, _)) = spare.take() else {
+                return Ok(false);
+            };
+            match swap::swap_in(host, guard, index, scratch, frame) {
+                Ok(()) => Ok(true),
+                Err(NotIn::Absent(place, frame)) => {
+                    *spare = Some((frame, false));
+                    *to_read = Some(place);
+                    Ok(false)
+                }
+                Err(NotIn::Lost) => Err(EIO),
+            }
         }
         State::Shared => {
             let Some(scratch) = scratch else {
@@ -228,7 +277,7 @@ pub(crate) fn preallocate(backing: &Backing, from: u64, to: u64) -> Result {
         let mut spare = Some((frame.ok_or(ENOSPC)?, true));
         let mut guard = region.lock();
         if guard.slot(index).state() == State::Empty {
-            make_private(backing, &mut guard, index, &mut spare, &mut None)?;
+            make_private(backing, &mut guard, index, &mut spare, &mut None, &mut None)?;
         }
         drop(guard);
         if page % 64 == 0 {

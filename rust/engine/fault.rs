@@ -12,17 +12,25 @@
 //! | Private | its frame, writable at once [^1]  | its frame, writable                     |
 //! | Shared  | the shared frame [^2], read-only  | a copy of the shared frame [^2]         |
 //! | Huge    | its part of the folio, writable   | its part of the folio, writable         |
-//! | Compressed, Filled | a frame with the content, writable | the same                    |
+//! | Compressed, Filled, Swapped | a frame with the content, writable | the same           |
 //!
 //! [^1]: read-only if the scanner write-protected it, so that the write is noticed.
 //!
 //! [^2]: brought back first, for all its sharers, if it was compressed.
 
 use super::{
-    backing::Backing, cold, compress, count, huge, region::RegionGuard, shared::SharedPage, stall,
+    backing::Backing,
+    cold, compress, count, huge,
+    region::RegionGuard,
+    shared::SharedPage,
+    stall,
+    swap::{self, NotIn},
 };
 use crate::{
-    logic::slot::{Slot, State, BACKOFF_MAX},
+    logic::{
+        clusters::Place,
+        slot::{Slot, State, BACKOFF_MAX},
+    },
     sys::{
         clock,
         fault::{Answer, Fault, Middle, NoPageTable},
@@ -89,6 +97,8 @@ enum Step {
     Answered(Answer),
     NeedsFrame,
     NeedsMemory,
+    /// From the swap file.
+    NeedsRead(Place),
 }
 
 impl From<Result<Answer, NoPageTable>> for Step {
@@ -103,7 +113,7 @@ impl From<Result<Answer, NoPageTable>> for Step {
 /// Which frame a write to this slot needs, if any.
 fn frame_for(slot: Slot, write: bool) -> Option<Purpose> {
     match slot.state() {
-        State::Compressed | State::Filled => Some(Purpose::Guest),
+        State::Compressed | State::Filled | State::Swapped => Some(Purpose::Guest),
         _ if !write => None,
         State::Empty | State::Zero => Some(Purpose::GuestZeroed),
         State::Shared => Some(Purpose::Guest),
@@ -152,7 +162,7 @@ fn answer(backing: &Backing, mut fault: Fault, make_writable: bool) -> Answer {
     loop {
         let packed = matches!(
             region.peek(index).state(),
-            State::Compressed | State::Filled
+            State::Compressed | State::Filled | State::Swapped
         );
         if packed && make_writable {
             // What was mapped read-only is gone meanwhile: the write comes again as a fault.
@@ -207,6 +217,7 @@ fn answer(backing: &Backing, mut fault: Fault, make_writable: bool) -> Answer {
             Step::Answered(answer) => return answer,
             Step::NeedsFrame => {}
             Step::NeedsMemory => return wait(backing, fault, make_writable),
+            Step::NeedsRead(place) => return wait_for_read(backing, fault, place),
         }
     }
 }
@@ -224,6 +235,18 @@ fn wait(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
         .stall_us
         .fetch_add(clock::now_us().saturating_sub(start), Ordering::Relaxed);
     answer
+}
+
+/// The page lies in the swap file: a thread of ours reads it.
+fn wait_for_read(backing: &Backing, fault: Fault, place: Place) -> Answer {
+    // As in `wait`.
+    let (host, swap) = (backing.host().clone(), backing.vm().swap().clone());
+    fault.wait_for_io(
+        || {
+            swap.ask(&host.swap, place);
+        },
+        || swap.load(&host.swap, place),
+    )
 }
 
 /// The fault, with the region locked.
@@ -295,7 +318,22 @@ fn look(
             host.release(guard.set(index, Content::Private(spare.into_zeroed()), backoff));
             map_own(fault, guard, index)
         }
-        State::Compressed | State::Filled if make_writable => Step::Answered(Answer::Done),
+        State::Compressed | State::Filled | State::Swapped if make_writable => {
+            Step::Answered(Answer::Done)
+        }
+        State::Swapped => {
+            let Some(scratch) = &mut supplies.scratch else {
+                return Step::NeedsFrame;
+            };
+            let Some(taken) = supplies.spare.take() else {
+                return Step::NeedsFrame;
+            };
+            match swap::swap_in(host, guard, index, scratch, taken.frame) {
+                Ok(()) => map_own(fault, guard, index),
+                Err(NotIn::Absent(place, _)) => Step::NeedsRead(place),
+                Err(NotIn::Lost) => Step::Answered(Answer::Poisoned),
+            }
+        }
         State::Compressed | State::Filled => {
             let Some(scratch) = &mut supplies.scratch else {
                 return Step::NeedsFrame;

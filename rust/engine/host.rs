@@ -15,6 +15,7 @@ use super::{
     shared::{IndexFigures, SharedIndex},
     split::SplitEvents,
     vm::{MakeDirectory, Scope, Vm, VmDefaults, Vms},
+    volume::SwapWork,
 };
 use crate::{
     logic::{
@@ -130,7 +131,7 @@ pub(crate) struct Bell {
 }
 
 impl Bell {
-    fn new() -> impl PinInit<Bell> {
+    pub(super) fn new() -> impl PinInit<Bell> {
         pin_init!(Bell {
             rung <- new_mutex!(false, "thinram_bell"),
             sound <- new_condvar!("thinram_bell"),
@@ -188,6 +189,9 @@ pub(crate) struct Host {
     /// Wakes the splitter.
     #[pin]
     pub(crate) splitter_bell: Bell,
+    /// Swap files.
+    #[pin]
+    pub(crate) swap: SwapWork,
     /// How short of memory the host is.
     #[pin]
     pub(crate) pressure: Pressure,
@@ -238,7 +242,7 @@ impl Host {
             zero_frames.push(frame, GFP_KERNEL)?;
         }
         Arc::pin_init(
-            pin_init!(Host {
+            try_pin_init!(Host {
                 key: hash::random_key(),
                 run: AtomicU8::new(1),
                 large_pages: AtomicU8::new(LargePages::default().index() as u8),
@@ -266,6 +270,7 @@ impl Host {
                 scanner_bell <- Bell::new(),
                 reclaimer_bell <- Bell::new(),
                 splitter_bell <- Bell::new(),
+                swap <- SwapWork::new(),
                 pressure <- Pressure::new(),
                 policy <- new_mutex!(
                     Policy { share_scope: ShareScope::Domain, zero_only: false },
@@ -334,7 +339,12 @@ impl Host {
     /// Frees what a slot owned.
     pub(crate) fn release(&self, content: Content) {
         match content {
-            Content::Empty | Content::Zero | Content::Huge(_) | Content::Filled(_) => {}
+            // A place in a swap file was given back by `RegionGuard::set`.
+            Content::Empty
+            | Content::Zero
+            | Content::Huge(_)
+            | Content::Filled(_)
+            | Content::Swapped(_) => {}
             Content::Private(frame) => drop(frame),
             Content::Shared(sharer) => drop(self.index.leave(sharer)),
         }
@@ -428,7 +438,7 @@ impl Host {
             let scope = policy.share_scope;
             let made = self
                 .vms
-                .attach(place, name, domain, defaults, scope, make_directory)?;
+                .attach(place, name, domain, &defaults, scope, make_directory)?;
             drop(policy);
             match made {
                 Some(vm) => {

@@ -31,7 +31,10 @@ pub(crate) mod shared;
 pub(crate) mod split;
 pub(crate) mod stall;
 pub(crate) mod survey;
+pub(crate) mod swap;
+pub(crate) mod swapper;
 pub(crate) mod vm;
+pub(crate) mod volume;
 
 use core::sync::atomic::{AtomicU64, Ordering};
 

@@ -15,11 +15,13 @@
 
 use super::{
     cold::{self, Hand},
-    compress::{self, Outcome},
+    compress::{self, Beyond, Outcome},
     host::Host,
     region::{Region, RegionGuard},
     sample::Sampler,
+    swap::bring_frame,
     vm::{Clock, Vm},
+    volume::Ready,
 };
 use crate::{
     logic::{
@@ -29,7 +31,7 @@ use crate::{
     },
     sys::{
         clock,
-        page::{Frame, Purpose},
+        page::Frame,
         slots::SLOTS,
         task::{self, Work},
         zs::{Compressor, Scratch},
@@ -42,6 +44,10 @@ use kernel::sync::Arc;
 const WINDOW: usize = 64;
 /// Pages taken from one VM before it is asked again who is the poorest.
 const STEP_PAGES: u64 = 256;
+/// Objects that go to the swap file at a time.
+const EVICT: u32 = 256;
+/// Pages that a full pool is made smaller by, at least.
+const LEAST_ROOM: u64 = 8;
 /// Between two sweeps guests have so long to touch what they need.
 const REST_US: u64 = 100_000;
 /// Steps before others have their turn.
@@ -146,7 +152,9 @@ impl Worker {
                 return Next::Soon;
             }
             let wanted = over_kb.div_ceil(PAGE_KB).min(STEP_PAGES);
-            self.sweep(host, vm, wanted, vm.is_over_limit());
+            if self.sweep(host, vm, wanted, vm.is_over_limit()) {
+                return Next::Soon;
+            }
         }
         Next::Again
     }
@@ -185,7 +193,9 @@ impl Worker {
                 return Next::Soon;
             };
             let spare = vm.holding(host).spare();
-            self.sweep(host, vm, STEP_PAGES.min(spare).min(wanted), true);
+            if self.sweep(host, vm, STEP_PAGES.min(spare).min(wanted), true) {
+                return Next::Soon;
+            }
             host.pressure.look();
             task::cond_resched();
         }
@@ -193,21 +203,36 @@ impl Worker {
     }
 
     /// Goes on with the sweep of a VM until `wanted` pages were taken or the hand came round. Pages
-    /// in use are taken only if that `must` be.
-    fn sweep(&mut self, host: &Host, vm: &Vm, wanted: u64, must: bool) {
+    /// in use are taken only if that `must` be. True when it has to wait for the swap file.
+    fn sweep(&mut self, host: &Host, vm: &Vm, wanted: u64, must: bool) -> bool {
         let mut clock = vm.clock();
-        let (Some(compressor), Ok(())) = (made(&mut self.compressor), vm.store().open()) else {
+        if self.scratch.is_none() {
+            self.scratch = Scratch::new();
+        }
+        let (Some(compressor), Some(scratch), Ok(())) = (
+            made(&mut self.compressor),
+            &mut self.scratch,
+            vm.store().open(),
+        ) else {
             clock.rest_until_us = clock::now_us().saturating_add(STUCK_US);
             vm.set_clock(clock);
-            return;
+            return false;
         };
+        let swaps = vm.swap().is_on(&host.swap);
         let mut taking = Taking {
             host,
             compressor,
             force: must && clock.barren >= GENTLE_SWEEPS,
             left: wanted,
             full: false,
+            needs_swap: false,
+            beyond: if swaps {
+                Beyond::Incompressible
+            } else {
+                Beyond::Nothing
+            },
         };
+        let mut busy = false;
         while taking.left > 0 && !taking.full && !task::should_stop() {
             if clock.region >= host.registry().end() {
                 break;
@@ -216,11 +241,42 @@ impl Worker {
                 Some(region) if region.vm().id() == vm.id() => taking.visit(&region, &mut clock),
                 _ => clock.next_region(),
             }
+            if swaps && (taking.full || taking.needs_swap) {
+                match taking.make_way(vm, &mut clock, scratch) {
+                    Ready::Now => continue,
+                    Ready::Soon => busy = true,
+                    Ready::No => taking.beyond = Beyond::Nothing,
+                }
+                taking.needs_swap = false;
+                if busy {
+                    break;
+                }
+            }
+        }
+        if busy {
+            clock.freed = clock
+                .freed
+                .saturating_add(wanted.saturating_sub(taking.left));
+            vm.set_clock(clock);
+            vm.relieve_waiters();
+            return true;
         }
         let taken = wanted.saturating_sub(taking.left);
         clock.freed = clock.freed.saturating_add(taken);
         let (full, ended) = (taking.full, taking.left > 0 && !task::should_stop());
-        let in_vain = ended && clock.freed == 0 && clock.barren >= GENTLE_SWEEPS;
+        let mut in_vain = ended && clock.freed == 0 && clock.barren >= GENTLE_SWEEPS;
+        let mut moved = 0;
+        if in_vain && swaps {
+            // All that can be is compressed, and that is not enough.
+            let goal = vm.store().pages().saturating_sub(wanted);
+            let (went, ready) = evict(host, vm, &mut clock, scratch, goal);
+            if went == 0 && ready == Ready::Soon {
+                vm.set_clock(clock);
+                return true;
+            }
+            moved = went;
+            in_vain = went == 0;
+        }
         if ended && !full {
             clock.barren = match clock.freed {
                 0 if !in_vain => clock.barren.saturating_add(1),
@@ -238,12 +294,13 @@ impl Worker {
         };
         let rest_us = match (stuck, ended) {
             (true, _) => STUCK_US << clock.stuck.min(STUCK_DOUBLINGS),
-            (false, true) => REST_US,
-            (false, false) => 0,
+            (false, true) if moved == 0 => REST_US,
+            (false, _) => 0,
         };
         clock.rest_until_us = clock::now_us().saturating_add(rest_us);
         vm.set_clock(clock);
         vm.relieve_waiters();
+        false
     }
 
     /// Takes shared pages that no sharer uses, of all VMs.
@@ -274,7 +331,8 @@ impl Worker {
         }
     }
 
-    /// Brings pages back until the pool is no larger than it may be, the longest compressed first.
+    /// Swaps pages out, or brings them back where there is no swap, until the pool is no larger than it
+    /// may be, the longest compressed first.
     fn enforce_cap(&mut self, host: &Host, vm: &Vm) -> Next {
         let cap = vm.pool_cap_pages(&host.knobs);
         if vm.store().pages() <= cap {
@@ -287,6 +345,15 @@ impl Worker {
         let Some(scratch) = &mut self.scratch else {
             return Next::Soon;
         };
+        if vm.swap().is_on(&host.swap) {
+            let mut clock = vm.clock();
+            let (moved, ready) = evict(host, vm, &mut clock, scratch, cap);
+            vm.set_clock(clock);
+            return match (moved, ready) {
+                (1.., Ready::Now) => Next::Again,
+                _ => Next::Soon,
+            };
+        }
         // What was compressed longest ago comes next under the hand.
         let first = vm.clock().region;
         let end = host.registry().end();
@@ -338,6 +405,10 @@ struct Taking<'a> {
     left: u64,
     /// The VM's pool is full.
     full: bool,
+    /// The swap file has to be prepared.
+    needs_swap: bool,
+    /// Where pages may go besides the pool.
+    beyond: Beyond,
 }
 
 impl Taking<'_> {
@@ -354,7 +425,7 @@ impl Taking<'_> {
                 }
                 self.take_window(region, &mut guard, clock, end);
                 drop(guard);
-                if self.left == 0 || self.full {
+                if self.left == 0 || self.full || self.needs_swap {
                     return;
                 }
                 task::cond_resched();
@@ -377,13 +448,21 @@ impl Taking<'_> {
             clock.touched = 0;
         }
         clock.touched |= unmap_window(guard, clock.index, end);
-        while clock.index < end && self.left > 0 && !self.full {
+        while clock.index < end && self.left > 0 {
             let index = clock.index;
             let touched = clock.touched >> (index % WINDOW) & 1 != 0;
             if guard.slot(index).state() == State::Private && (self.force || !touched) {
-                match compress::pack(self.host, guard, index, self.compressor) {
+                match compress::pack(self.host, guard, index, self.compressor, self.beyond) {
                     Outcome::Packed => self.left -= 1,
-                    Outcome::PoolFull => self.full = true,
+                    // This page comes next when there is room again.
+                    Outcome::PoolFull => {
+                        self.full = true;
+                        return;
+                    }
+                    Outcome::NeedsSwap => {
+                        self.needs_swap = true;
+                        return;
+                    }
                     Outcome::Refused => {}
                 }
             }
@@ -393,6 +472,92 @@ impl Taking<'_> {
             }
         }
     }
+}
+
+impl Taking<'_> {
+    /// Makes room where a page could not go.
+    fn make_way(&mut self, vm: &Vm, clock: &mut Clock, scratch: &mut Scratch) -> Ready {
+        let cap = vm.pool_cap_pages(&self.host.knobs);
+        let ready = if self.full {
+            // So much less that not every page finds it full.
+            let goal = (cap - cap / 16).min(vm.store().pages().saturating_sub(LEAST_ROOM));
+            let (moved, ready) = evict(self.host, vm, clock, scratch, goal);
+            if moved == 0 && ready == Ready::Now {
+                // Nothing is in the pool: what is compressed goes to the swap file at once.
+                self.beyond = Beyond::All;
+            }
+            match moved {
+                0 => ready,
+                _ => Ready::Now,
+            }
+        } else {
+            vm.swap().prepare(&self.host.swap)
+        };
+        if ready == Ready::Now {
+            self.full = false;
+            self.needs_swap = false;
+        }
+        ready
+    }
+}
+
+/// Moves what was compressed longest ago to the swap file, until the pool has no more than `pages`
+/// pages, or so many objects that others have their turn. Returns how many went, and what the swap
+/// file is ready for.
+fn evict(
+    host: &Host,
+    vm: &Vm,
+    clock: &mut Clock,
+    scratch: &mut Scratch,
+    pages: u64,
+) -> (u32, Ready) {
+    let mut ready = vm.swap().prepare(&host.swap);
+    let mut moved = 0;
+    let end = host.registry().end();
+    let (first, mut index) = clock.swap_at;
+    // The first region comes once more at last, for its first part.
+    let round = Iterator::chain(first..end, 0..=first.min(end));
+    for id in round {
+        clock.swap_at = (id, index);
+        let region = host.registry().get(id);
+        let region = region.filter(|region| region.vm().id() == vm.id());
+        while let Some(region) = &region {
+            let next = (index..SLOTS).find(|&i| region.peek(i).state() == State::Compressed);
+            let Some(next) = next else { break };
+            if moved >= EVICT || ready != Ready::Now || vm.store().pages() <= pages {
+                vm.store().compact();
+                return (moved, ready);
+            }
+            let window = (next / WINDOW + 1) * WINDOW;
+            let mut guard = region.lock();
+            index = next;
+            while index < window && !guard.is_retired() {
+                match compress::swap_out(host, &mut guard, index, scratch) {
+                    Outcome::NeedsSwap => break,
+                    Outcome::Packed => moved += 1,
+                    _ => {}
+                }
+                index += 1;
+                if region.is_wanted() {
+                    break;
+                }
+            }
+            let retired = guard.is_retired();
+            drop(guard);
+            clock.swap_at = (id, index);
+            if index < window {
+                ready = vm.swap().prepare(&host.swap);
+            }
+            task::cond_resched();
+            if retired {
+                break;
+            }
+        }
+        index = 0;
+    }
+    clock.swap_at = (0, 0);
+    vm.store().compact();
+    (moved, ready)
 }
 
 /// Takes the Private pages from `first` to `end`, of one window, out of all page tables. Returns
@@ -426,9 +591,7 @@ fn bring_back(
             continue;
         }
         if spare.is_none() {
-            *spare = region
-                .vm()
-                .pays(|| Frame::alloc(Purpose::Returned, region.node()));
+            *spare = bring_frame(region);
         }
         let Some(frame) = spare.take() else {
             return false;

@@ -207,6 +207,7 @@ fn counted_as(slot: Slot) -> counts::Class {
         State::Shared => counts::Class::Shared,
         State::Huge => counts::Class::Huge,
         State::Compressed | State::Filled => counts::Class::Compressed,
+        State::Swapped => counts::Class::Swapped,
     }
 }
 
@@ -343,7 +344,8 @@ impl RegionGuard<'_> {
         counts.count_gain(gains(old), gains(new));
     }
 
-    /// Puts `content` into the slot and hands over what it owned. No mapping may show the old one.
+    /// Puts `content` into the slot and hands over what it owned, a place in the swap file excepted:
+    /// that is given back here. No mapping may show the old one.
     pub(crate) fn set(&mut self, index: usize, content: Content, backoff: u8) -> Content {
         let old = self.slot(index);
         self.set_protected(index, false);
@@ -356,7 +358,14 @@ impl RegionGuard<'_> {
         counts.move_page(counted_as(old), counted_as(new));
         counts.reclassify(known_class(old), known_class(new));
         counts.count_gain(gains(old), gains(new));
-        owned
+        drop(counts);
+        match owned {
+            Content::Swapped(place) => {
+                self.region.vm.swap().release(place);
+                Content::Empty
+            }
+            owned => owned,
+        }
     }
 
     /// Keeps `bytes` in place of a Private page, which is freed, if the VM's pool is not larger than
@@ -392,6 +401,29 @@ impl RegionGuard<'_> {
         self.region
             .words
             .unpack(&self.inner.key, index, scratch, to)
+    }
+
+    /// Copies the object of a Compressed slot; `None` for any other.
+    pub(crate) fn packed<'a>(&self, index: usize, scratch: &'a mut Scratch) -> Option<&'a [u8]> {
+        self.region.words.packed(&self.inner.key, index, scratch)
+    }
+
+    /// Keeps `bytes` in the VM's pool in place of what a Swapped slot has in the swap file.
+    pub(crate) fn put_back(
+        &mut self,
+        index: usize,
+        bytes: &[u8],
+    ) -> core::result::Result<(), NoRoom> {
+        let node = self.region.node();
+        let place = self
+            .region
+            .words
+            .put_back(&mut self.inner.key, index, bytes, node)?;
+        let mut counts = self.region.vm.counts();
+        counts.move_page(counts::Class::Swapped, counts::Class::Compressed);
+        drop(counts);
+        self.region.vm.swap().release(place);
+        Ok(())
     }
 
     fn watched(&self) -> Watch {

@@ -485,7 +485,7 @@ fn needs_look(slot: Slot, pass: u64, index: usize) -> bool {
         State::Shared => pass.wrapping_add(index as u64) % 8 == 0,
         // What a split would gain is found out anew in each pass: others come and go.
         State::Huge => !slot.is_stable() || is_recheck(pass, index) || has_others(slot),
-        State::Empty | State::Zero | State::Compressed | State::Filled => false,
+        State::Empty | State::Zero | State::Compressed | State::Filled | State::Swapped => false,
     }
 }
 

@@ -4,7 +4,7 @@
 //!
 //! Lock order: the VM list > a VM's domain. A VM's counts are a leaf under any region lock.
 
-use super::{host::Knobs, sample::Sample};
+use super::{host::Knobs, sample::Sample, volume::Swap};
 use crate::{
     logic::{
         counts::{self, Counts},
@@ -12,7 +12,7 @@ use crate::{
         slot,
         tunables::{LargePages, ShareScope},
     },
-    sys::{cgroup::Payer, clock, kobj::Directory, protect, task, zs::Store},
+    sys::{cgroup::Payer, clock, kobj::Directory, protect, swapio::SwapDir, task, zs::Store},
 };
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use kernel::{
@@ -132,6 +132,9 @@ pub(crate) struct Clock {
     pub(crate) index: usize,
     /// Pages of the window around that which were mapped when the sweep came to them.
     pub(crate) touched: u64,
+    /// What is swapped out next: a region, and a page in it. What was compressed longest ago comes next
+    /// here, for the sweep goes the same way.
+    pub(crate) swap_at: (u32, usize),
     /// Pages that this sweep freed.
     pub(crate) freed: u64,
     /// Sweeps in a row that freed nothing.
@@ -181,6 +184,7 @@ pub(crate) struct Vm {
     /// How much it uses.
     pub(crate) sample: Sample,
     store: Arc<Store>,
+    swap: Arc<Swap>,
     #[pin]
     clock: SpinLock<Clock>,
     /// What did not work before may work now.
@@ -215,7 +219,7 @@ pub(crate) struct Vm {
 const AS_HOST: u8 = u8::MAX;
 
 /// Defaults for new VMs: mount options.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct VmDefaults {
     /// Whether they share.
     pub(crate) share: bool,
@@ -223,6 +227,8 @@ pub(crate) struct VmDefaults {
     pub(crate) scan_pages_per_sec: u64,
     /// When their empty regions become 2 MiB pages, `None` = as the host says.
     pub(crate) large_pages: Option<LargePages>,
+    /// Where their swap files are made, `None` = where the host says.
+    pub(crate) swap_dir: Option<Arc<SwapDir>>,
 }
 
 impl Vm {
@@ -314,6 +320,11 @@ impl Vm {
     /// Its compressed pages.
     pub(crate) fn store(&self) -> &Arc<Store> {
         &self.store
+    }
+
+    /// Its swap file.
+    pub(crate) fn swap(&self) -> &Arc<Swap> {
+        &self.swap
     }
 
     /// KiB that its compressed pages take.
@@ -542,7 +553,7 @@ impl Vms {
         place: &Mutex<Option<Arc<Vm>>>,
         name: &[u8],
         domain: Option<&[u8]>,
-        defaults: VmDefaults,
+        defaults: &VmDefaults,
         share_scope: ShareScope,
         make_directory: MakeDirectory<'_>,
     ) -> Result<Option<Arc<Vm>>> {
@@ -619,6 +630,7 @@ impl Vms {
         // The guard ends first: a rename waits for it with the list locked.
         let directory = vm.directory.lock().take();
         drop(directory);
+        vm.swap.close();
         let mut list = self.list.lock();
         list.vms.retain(|other| !Arc::ptr_eq(other, vm));
         list.forget_domains();
@@ -685,7 +697,11 @@ impl Vms {
             .domains
             .len()
             .saturating_mul(core::mem::size_of::<Domain>());
-        vms.saturating_add(domains) as u64
+        let swap = list
+            .vms
+            .iter()
+            .fold(0u64, |sum, vm| sum.saturating_add(vm.swap.bytes()));
+        (vms.saturating_add(domains) as u64).saturating_add(swap)
     }
 
     /// Locks the list, so that no VM comes or goes.
@@ -741,7 +757,7 @@ impl Vm {
         id: u32,
         name: &[u8],
         domain: Arc<Domain>,
-        defaults: VmDefaults,
+        defaults: &VmDefaults,
         share_scope: ShareScope,
     ) -> Result<Arc<Vm>> {
         let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
@@ -766,6 +782,7 @@ impl Vm {
                 },
                 sample: Sample::new(),
                 store: Store::new()?,
+                swap: Swap::new(defaults.swap_dir.clone())?,
                 clock <- new_spinlock!(Clock::default(), "thinram_vm_clock"),
                 anew: AtomicBool::new(false),
                 asked: AtomicBool::new(false),

@@ -135,7 +135,7 @@ unsafe fn new_file(dir: Inode, mode: u16, name: &[u8]) -> Result<Inode> {
             place,
             vm_name,
             mount.domain.as_deref(),
-            mount.defaults,
+            mount.defaults.clone(),
             &sysfs::make_vm_directory,
         );
         let vm = match attached {

@@ -9,13 +9,13 @@ use super::{
 use crate::{
     engine::{backing::PAGE, host::Host, vm::VmDefaults},
     logic::tunables::{self, LargePages},
-    sys::bindings,
+    sys::{bindings, swapio::SwapDir},
 };
 use core::ptr::NonNull;
 use kernel::{
     ffi::c_int,
     prelude::*,
-    str::CStr,
+    str::{CStr, CString},
     sync::{Arc, ArcBorrow},
 };
 
@@ -51,6 +51,7 @@ const OPT_DOMAIN: c_int = 4;
 const OPT_SHARE: c_int = 5;
 const OPT_SCAN_PAGES: c_int = 6;
 const OPT_LARGE_PAGES: c_int = 7;
+const OPT_SWAP_DIR: c_int = 8;
 
 const ENOPARAM: c_int = -519;
 
@@ -68,6 +69,7 @@ struct Options {
     share: Option<bool>,
     scan_pages_per_sec: Option<u64>,
     large_pages: Option<LargePages>,
+    swap_dir: Option<Arc<SwapDir>>,
 }
 
 fn refuse(fc: *mut bindings::fs_context, why: &CStr) -> Error {
@@ -193,6 +195,15 @@ unsafe fn parse(
                     .map_err(|_| refuse(fc, c"large_pages= takes never or always"))?;
                 options.large_pages = Some(word);
             }
+            OPT_SWAP_DIR => {
+                let dir = SwapDir::open(text).inspect_err(|&error| {
+                    let why = super::sysfs::swap_dir_error(error);
+                    if let Ok(why) = CString::try_from_fmt(fmt!("swap_dir=: {why}")) {
+                        refuse(fc, &why);
+                    }
+                })?;
+                options.swap_dir = Some(Arc::new(dir, GFP_KERNEL)?);
+            }
             _ => return Err(EINVAL),
         }
     }
@@ -228,6 +239,7 @@ unsafe fn fill(sb: *mut bindings::super_block, options: &mut Options) -> Result 
         share: options.share.unwrap_or(true),
         scan_pages_per_sec: options.scan_pages_per_sec.unwrap_or(0),
         large_pages: options.large_pages,
+        swap_dir: options.swap_dir.take(),
     };
     let mode = options.mode.unwrap_or(0o700);
     let limit = options.size_pages.unwrap_or(0);
@@ -296,6 +308,10 @@ fn remount(
         || options
             .scan_pages_per_sec
             .is_some_and(|n| n != mount.defaults.scan_pages_per_sec)
+        || options.swap_dir.as_ref().is_some_and(|new| {
+            let old = mount.defaults.swap_dir.as_ref();
+            !old.is_some_and(|old| old.is(new))
+        })
         || (options.large_pages.is_some() && options.large_pages != mount.defaults.large_pages)
     {
         return Err(refuse(
@@ -347,6 +363,23 @@ unsafe extern "C" fn thinram_rs_statfs(
     0
 }
 
+/// Shows an option whose value is a text.
+///
+/// # Safety
+///
+/// `seq` is the kernel's seq_file.
+unsafe fn show_text(seq: *mut bindings::seq_file, name: &CStr, value: &[u8]) {
+    let mut text = KVec::new();
+    let copied = text
+        .extend_from_slice(value, GFP_KERNEL)
+        .and_then(|()| text.push(0, GFP_KERNEL))
+        .is_ok();
+    if copied {
+        // SAFETY: The text ends with a zero byte; seq_show_option escapes what it must.
+        unsafe { bindings::thinram_sb_option(seq, name.as_char_ptr(), text.as_ptr().cast()) };
+    }
+}
+
 /// # Safety
 ///
 /// Called by the kernel for /proc/mounts.
@@ -368,17 +401,12 @@ unsafe extern "C" fn thinram_rs_show_options(
     }
     kernel::seq_print!(out, ",mode={:04o}", mount.mode);
     if let Some(domain) = &mount.domain {
-        let mut text = KVec::new();
-        let copied = text
-            .extend_from_slice(domain, GFP_KERNEL)
-            .and_then(|()| text.push(0, GFP_KERNEL))
-            .is_ok();
-        if copied {
-            // SAFETY: The text ends with a zero byte; seq_show_option escapes what it must.
-            unsafe {
-                bindings::thinram_sb_option(seq, c"domain".as_char_ptr(), text.as_ptr().cast())
-            };
-        }
+        // SAFETY: The kernel's seq_file.
+        unsafe { show_text(seq, c"domain", domain) };
+    }
+    if let Some(dir) = &mount.defaults.swap_dir {
+        // SAFETY: The kernel's seq_file.
+        unsafe { show_text(seq, c"swap_dir", dir.name()) };
     }
     if !mount.defaults.share {
         kernel::seq_print!(out, ",share=0");

@@ -151,6 +151,24 @@ files! {
             line(page, load(&h.0.knobs.compress_max_object_percent))
         },
         number!("compress_max_object_percent", compress_max_object_percent => Host::try_anew);
+    "swap_dir": |h, page| {
+            if let Some(dir) = h.0.swap.dir() {
+                page.push(dir.name())?;
+            }
+            page.push(b"\n")
+        },
+        |h, bytes| {
+            let name = tunables::without_newline(bytes);
+            let set = h.0.set_swap_dir(name);
+            if let Err(error) = set {
+                pr_warn!(
+                    "swap_dir {}: {}\n",
+                    core::str::from_utf8(name).unwrap_or("?"),
+                    swap_dir_error(error)
+                );
+            }
+            set
+        };
     "idle_tax_percent": |h, page| line(page, load(&h.0.knobs.idle_tax_percent)),
         number!("idle_tax_percent", idle_tax_percent, reclaimer_bell);
     "active_sample_pages": |h, page| line(page, load(&h.0.knobs.active_sample_pages)),
@@ -214,6 +232,14 @@ files! {
     "compressions_refused_pool_full": |h, page| line(page, load(&h.0.compress_refusals.pool_full));
     "compressions_refused_no_memory": |h, page| line(page, load(&h.0.compress_refusals.no_memory));
     "compressions_refused_poisoned": |h, page| line(page, load(&h.0.compress_refusals.poisoned));
+    "swap_outs": |h, page| line(page, load(&h.0.swap.events.outs));
+    "swap_ins": |h, page| line(page, load(&h.0.swap.events.ins));
+    "swap_writes": |h, page| line(page, load(&h.0.swap.events.writes));
+    "swap_reads": |h, page| line(page, load(&h.0.swap.events.reads));
+    "swap_writes_failed": |h, page| line(page, load(&h.0.swap.events.writes_failed));
+    "swap_reads_failed": |h, page| line(page, load(&h.0.swap.events.reads_failed));
+    "swap_objects_corrupt": |h, page| line(page, load(&h.0.swap.events.corrupt));
+    "swap_outs_refused_no_space": |h, page| line(page, load(&h.0.swap.events.no_space));
     "splits": |h, page| line(page, load(&h.0.splits.splits));
     "split_pages_gained": |h, page| line(page, load(&h.0.splits.gained));
     "split_us": |h, page| line(page, load(&h.0.splits.took_us));
@@ -240,6 +266,22 @@ files! {
     "merges_refused_nodes": |h, page| line(page, load(&h.0.refusals.nodes));
     "merges_refused_no_hint": |h, page| line(page, load(&h.0.refusals.no_hint));
     "merges_refused_poisoned": |h, page| line(page, load(&h.0.refusals.poisoned));
+}
+
+/// Why a directory is none to swap to, and what to do.
+pub(super) fn swap_dir_error(error: Error) -> &'static str {
+    match error {
+        EOPNOTSUPP => "its file system has no O_TMPFILE or no O_DIRECT; choose ext4, XFS or btrfs",
+        EINVAL => "give the absolute path of a directory that is not on thinram itself",
+        ENOENT => "there is no such directory",
+        ENOTDIR => "it is not a directory",
+        EROFS => "it is mounted read-only",
+        ENOSPC => "there is no room on it",
+        ENOMEM => {
+            "what is in swap would not fit into memory, or into limit_kb; nothing was changed"
+        }
+        _ => "no file could be made and written in it; nothing was changed",
+    }
 }
 
 fn spent_ms(host: &HostFiles, state: HostState) -> u64 {
@@ -348,6 +390,9 @@ files! {
     "compressed_kb": |vm, page| line(page, vm.snapshot().pages.compressed_kb());
     "compressed_pool_kb": |vm, page| line(page, vm.pool_kb());
     "active_kb": |vm, page| line(page, active_kb(vm));
+    "swap_file_kb": |vm, page| line(page, vm.swap().file_kb());
+    "swap_ins": |vm, page| line(page, load(&vm.swap().ins));
+    "swap_outs": |vm, page| line(page, load(&vm.swap().outs));
     "swapped_kb": |vm, page| line(page, vm.snapshot().pages.swapped_kb());
     "stat": |vm, page| stat(vm, page);
     "pages_unshared": |vm, page| line(page, vm.snapshot().unshared);
@@ -390,6 +435,8 @@ fn stat(vm: &Vm, page: &mut Page<'_>) -> Result {
     row("compressed_kb", pages.compressed_kb())?;
     row("compressed_pool_kb", pool_kb)?;
     row("swapped_kb", pages.swapped_kb())?;
+    row("swap_ins", load(&vm.swap().ins))?;
+    row("swap_outs", load(&vm.swap().outs))?;
     row("splittable_kb", pages_to_kb(splittable))?;
     row("pages_unshared", unshared)?;
     row("pages_volatile", volatile)

@@ -254,7 +254,7 @@ impl Worth {
                 }
                 State::Zero => &mut worth.zeroes,
                 State::Shared => &mut worth.shared,
-                State::Compressed | State::Filled => &mut worth.packed,
+                State::Compressed | State::Filled | State::Swapped => &mut worth.packed,
                 State::Empty | State::Huge => continue,
             };
             *counter = counter.saturating_add(1);

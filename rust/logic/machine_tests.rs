@@ -133,7 +133,9 @@ impl Machine {
             State::Private => counts::Class::Private,
             State::Shared => counts::Class::Shared,
             State::Huge => counts::Class::Huge,
-            State::Compressed | State::Filled => unreachable!("this machine compresses nothing"),
+            State::Compressed | State::Filled | State::Swapped => {
+                unreachable!("this machine compresses nothing")
+            }
         }
     }
 
@@ -152,7 +154,9 @@ impl Machine {
             State::Empty | State::Zero | State::Huge => {}
             State::Private => self.frames.free(old.payload()),
             State::Shared => self.leave(old.record()),
-            State::Compressed | State::Filled => unreachable!("this machine compresses nothing"),
+            State::Compressed | State::Filled | State::Swapped => {
+                unreachable!("this machine compresses nothing")
+            }
         }
     }
 
@@ -188,7 +192,9 @@ impl Machine {
             State::Empty | State::Zero => 0,
             State::Huge => unreachable!("the model has no folios"),
             State::Private => self.frames.get(slot.payload()),
-            State::Compressed | State::Filled => unreachable!("this machine compresses nothing"),
+            State::Compressed | State::Filled | State::Swapped => {
+                unreachable!("this machine compresses nothing")
+            }
             State::Shared => self
                 .frames
                 .get(self.records.get(slot.record()).unwrap().bytes.payload),
@@ -267,7 +273,9 @@ impl Machine {
                 return;
             }
             State::Private => {}
-            State::Compressed | State::Filled => unreachable!("this machine compresses nothing"),
+            State::Compressed | State::Filled | State::Swapped => {
+                unreachable!("this machine compresses nothing")
+            }
         }
         let content = self.frames.get(slot.payload());
         let hash = self.hash(content);
@@ -394,7 +402,7 @@ impl Machine {
                 State::Private => assert!(owned.insert(slot.payload()), "a frame of two slots"),
                 State::Shared => *sharers.entry(slot.record()).or_default() += 1,
                 State::Empty | State::Zero | State::Huge => {}
-                State::Compressed | State::Filled => {
+                State::Compressed | State::Filled | State::Swapped => {
                     unreachable!("this machine compresses nothing")
                 }
             }

@@ -12,6 +12,7 @@
 mod words;
 
 pub mod catalog;
+pub mod clusters;
 pub mod counts;
 pub mod funding;
 pub mod hist;

@@ -18,6 +18,7 @@
 //! | Shared  | shared record id  | the record, one sharer of it        | write fault, punch  |
 //! | Huge    | see `logic::huge` | the region's 2 MiB folio            | split, punch        |
 //! | Filled  | four bytes        | nobody: they fill the page          | any fault, punch    |
+//! | Swapped | a place           | the swap file, or a buffer before   | any fault, punch    |
 //!
 //! A Compressed page needs more room: its bytes are an object in the VM's pool.
 //!
@@ -32,6 +33,8 @@
 //! made of the page; stable says that the content cannot have changed since, because every mapping
 //! of it is write-protected; back-off is the number of passes (as a power of two) between two tries.
 
+use super::clusters::Place;
+
 /// Bits of the payload.
 pub const PAYLOAD_BITS: u32 = 40;
 /// The largest payload: a frame number of a machine with 52 physical address bits.
@@ -44,6 +47,7 @@ const STATE_MASK: u64 = 0b111;
 pub(super) const HUGE: u64 = 4;
 const COMPRESSED: u64 = 5;
 const FILLED: u64 = 6;
+const SWAPPED: u64 = 7;
 const ADDRESS_SHIFT: u32 = 4;
 const ADDRESS_BITS: u32 = 48;
 const LENGTH_SHIFT: u32 = ADDRESS_SHIFT + ADDRESS_BITS;
@@ -86,6 +90,8 @@ pub enum State {
     Compressed,
     /// The same four bytes over and over; holds no memory.
     Filled,
+    /// An object in the VM's swap file.
+    Swapped,
 }
 
 /// A slot word, taken apart by accessors.
@@ -157,6 +163,18 @@ impl Slot {
         self.payload() as u32
     }
 
+    /// A page that lies in the swap file.
+    #[inline]
+    pub const fn swapped(place: Place) -> Slot {
+        Slot(SWAPPED | (place.payload() << PAYLOAD_SHIFT))
+    }
+
+    /// Where a Swapped page lies.
+    #[inline]
+    pub const fn place(self) -> Place {
+        Place::from_payload(self.payload())
+    }
+
     /// From the word as it is stored.
     #[inline]
     pub const fn from_word(word: u64) -> Slot {
@@ -169,7 +187,7 @@ impl Slot {
         self.0
     }
 
-    /// The state. Words that no code writes read as Empty.
+    /// The state.
     #[inline]
     pub const fn state(self) -> State {
         match self.0 & STATE_MASK {
@@ -179,6 +197,7 @@ impl Slot {
             HUGE => State::Huge,
             COMPRESSED => State::Compressed,
             FILLED => State::Filled,
+            SWAPPED => State::Swapped,
             _ => State::Empty,
         }
     }
@@ -332,7 +351,10 @@ mod tests {
         assert_eq!(Slot::shared(u32::MAX).record(), u32::MAX);
         assert_eq!(Slot::shared(0).state(), State::Shared);
         assert_eq!(Slot::from_word(HUGE).state(), State::Huge);
-        assert_eq!(Slot::from_word(7).state(), State::Empty);
+        let place = Place::from_payload(0x55_5555_5555);
+        let slot = Slot::swapped(place).with_backoff(1);
+        assert_eq!((slot.state(), slot.place()), (State::Swapped, place));
+        assert!(!slot.owns_the_same(Slot::swapped(Place::from_payload(1))));
     }
 
     #[test]

@@ -38,7 +38,7 @@ impl Plain {
                 State::Shared => slot.record().into(),
                 State::Filled => slot.pattern().into(),
                 State::Empty | State::Zero | State::Huge => 0,
-                State::Compressed => unreachable!("its word has other fields"),
+                State::Compressed | State::Swapped => unreachable!("its word has other fields"),
             },
             zero_mapped: slot.is_zero_mapped(),
             class: slot.class(),
@@ -102,7 +102,7 @@ proptest! {
                             let pattern = owned as u32;
                             (Slot::filled(pattern), Plain::new(state, pattern.into()))
                         }
-                        State::Compressed => unreachable!("its word has other fields"),
+                        State::Compressed | State::Swapped => unreachable!("its word has other fields"),
                     };
                 }
                 Op::Look(class, hash) => {

@@ -217,6 +217,23 @@ impl Fault {
         }
     }
 
+    /// Runs `wait` with the fault lock dropped where that is allowed; where nobody may wait, runs
+    /// `ask` alone. The access comes again.
+    pub(crate) fn wait_for_io(self, ask: impl FnOnce(), wait: impl FnOnce()) -> Answer {
+        let retry = bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY;
+        let no_wait = bindings::fault_flag_FAULT_FLAG_RETRY_NOWAIT;
+        if self.flags() & retry == 0 {
+            wait();
+            return Answer::Done;
+        }
+        if self.flags() & no_wait != 0 {
+            ask();
+            return Answer::Retry;
+        }
+        self.unlocked(wait);
+        Answer::Retry
+    }
+
     /// Waits a moment for memory, with the fault lock dropped where that is allowed.
     pub(crate) fn wait_for_memory(self) -> Answer {
         const WAIT_US: u64 = 10_000;

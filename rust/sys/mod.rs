@@ -6,6 +6,7 @@
 pub(crate) mod bindings;
 pub(crate) mod cgroup;
 pub(crate) mod clock;
+pub(crate) mod crypt;
 pub(crate) mod fault;
 pub(crate) mod frames;
 pub(crate) mod hash;
@@ -18,6 +19,7 @@ pub(crate) mod packed;
 pub(crate) mod page;
 pub(crate) mod protect;
 pub(crate) mod slots;
+pub(crate) mod swapio;
 pub(crate) mod table;
 pub(crate) mod task;
 pub(crate) mod zs;

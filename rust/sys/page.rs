@@ -110,6 +110,18 @@ impl Frame {
         .fill(pattern);
     }
 
+    /// Overwrites the whole frame.
+    pub(crate) fn overwrite(&mut self, bytes: &[u8; PAGE_SIZE]) {
+        // SAFETY: The page is PAGE_SIZE long, and ours alone.
+        unsafe {
+            core::ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                self.as_ref().address().cast::<u8>(),
+                PAGE_SIZE,
+            );
+        }
+    }
+
     /// Sets one byte.
     #[cfg(CONFIG_KUNIT = "y")]
     pub(crate) fn fill_for_test(&mut self, at: usize, value: u8) {
@@ -356,6 +368,12 @@ impl<'a> Frozen<'a> {
     /// The page; what is read through it stays true until the thaw.
     pub(crate) fn page(&self) -> PageRef<'a> {
         self.page
+    }
+
+    /// The bytes, which nobody changes until the thaw.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: The page is in the direct map and PAGE_SIZE long; nobody else holds it.
+        unsafe { core::slice::from_raw_parts(self.page.address().cast(), PAGE_SIZE) }
     }
 
     /// Whether the frozen page is all zero.

@@ -29,13 +29,17 @@ pub(crate) enum Protection {
     /// Hash a page as a whole. Without it nothing may go wrong: it makes hashes of unlike pages equal,
     /// so that only [`Protection::Compare`] tells them apart.
     WholeHash,
+    /// Let nothing out of a swap file that is not what was written.
+    Checksum,
+    /// Let a page go to the swap file only once it was written there.
+    WriteResult,
     /// Let the index grow: without it, more contents than it holds have to take turns.
     IndexGrowth,
 }
 
 #[cfg(thinram_debug)]
 /// All of them, with the names of their switches in debugfs.
-pub(crate) const ALL: [(Protection, &kernel::str::CStr); 11] = [
+pub(crate) const ALL: [(Protection, &kernel::str::CStr); 13] = [
     (Protection::Zap, c"break_zap"),
     (Protection::Freeze, c"break_freeze"),
     (Protection::Compare, c"break_compare"),
@@ -46,6 +50,8 @@ pub(crate) const ALL: [(Protection, &kernel::str::CStr); 11] = [
     (Protection::NoteChange, c"break_note_change"),
     (Protection::Border, c"break_border"),
     (Protection::WholeHash, c"break_whole_hash"),
+    (Protection::Checksum, c"break_checksum"),
+    (Protection::WriteResult, c"break_write_result"),
     (Protection::IndexGrowth, c"break_index_growth"),
 ];
 

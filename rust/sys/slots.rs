@@ -13,6 +13,7 @@ use super::{
     zs::{Corrupt, NoRoom, Object, Scratch, Store},
 };
 use crate::logic::{
+    clusters::Place,
     huge::HugeWord,
     slot::{Slot, State},
 };
@@ -53,6 +54,8 @@ pub(crate) enum Content {
     Huge(HugeWord),
     /// Nothing; the page is these four bytes over and over.
     Filled(u32),
+    /// A place in the VM's swap file, to be given back to that.
+    Swapped(Place),
 }
 
 /// The right to change the words: lives inside the region's lock.
@@ -139,6 +142,7 @@ impl SlotWords {
             Content::Private(frame) => Slot::private(frame.into_pfn()),
             Content::Shared(sharer) => Slot::shared(sharer.record()),
             Content::Filled(pattern) => Slot::filled(pattern),
+            Content::Swapped(place) => Slot::swapped(place),
             Content::Huge(word) => word.slot(),
         };
         let word_now = match slot.state() {
@@ -154,6 +158,7 @@ impl SlotWords {
             State::Shared => Content::Shared(Sharer::new(old.record())),
             State::Huge => Content::Huge(HugeWord::from_slot(old).unwrap_or(HugeWord::NEW)),
             State::Filled => Content::Filled(old.pattern()),
+            State::Swapped => Content::Swapped(old.place()),
             State::Compressed => {
                 // SAFETY: The word owned the object, and no longer stands anywhere.
                 self.store.free(unsafe { Object::of_slot(old) });
@@ -181,6 +186,39 @@ impl SlotWords {
         word.store(object.into_slot().word(), Ordering::Relaxed);
         // SAFETY: The word owned this frame number's reference, and no longer stands anywhere.
         Ok(unsafe { Frame::from_pfn(slot.payload()) })
+    }
+
+    /// Copies the object of a Compressed slot; `None` for any other.
+    pub(crate) fn packed<'a>(
+        &self,
+        _key: &SlotKey,
+        index: usize,
+        scratch: &'a mut Scratch,
+    ) -> Option<&'a [u8]> {
+        let slot = self.peek(index);
+        if slot.state() != State::Compressed {
+            return None;
+        }
+        // SAFETY: As in `unpack`.
+        self.store.read(&unsafe { Object::of_slot(slot) }, scratch)
+    }
+
+    /// Keeps `bytes` in the store in place of a Swapped slot's place, which is handed over.
+    pub(crate) fn put_back(
+        &self,
+        _key: &mut SlotKey,
+        index: usize,
+        bytes: &[u8],
+        node: i32,
+    ) -> Result<Place, NoRoom> {
+        let word = self.words.get(index).ok_or(NoRoom::Memory)?;
+        let slot = Slot::from_word(word.load(Ordering::Relaxed));
+        if slot.state() != State::Swapped {
+            return Err(NoRoom::Memory);
+        }
+        let object = self.store.put(bytes, node, u64::MAX)?;
+        word.store(object.into_slot().word(), Ordering::Relaxed);
+        Ok(slot.place())
     }
 
     /// Fills `to` with what a Compressed or Filled slot stands for; the slot stays as it is.

@@ -61,6 +61,25 @@ impl Compressor {
     }
 }
 
+/// Decompresses `bytes` into `to`.
+pub(crate) fn decompress(bytes: &[u8], to: &mut Frame) -> Result<(), Corrupt> {
+    let len = i32::try_from(bytes.len()).map_err(|_| Corrupt)?;
+    // SAFETY: At most PAGE_SIZE bytes come out, into a frame that the caller owns alone.
+    let filled = unsafe {
+        bindings::LZ4_decompress_safe(
+            bytes.as_ptr().cast(),
+            to.as_ref().address().cast(),
+            len,
+            PAGE_SIZE as i32,
+        )
+    };
+    if usize::try_from(filled) == Ok(PAGE_SIZE) {
+        Ok(())
+    } else {
+        Err(Corrupt)
+    }
+}
+
 /// Room for a compressed page that lies in two pieces.
 pub(crate) struct Scratch(KBox<[u8; PAGE_SIZE]>);
 
@@ -70,6 +89,16 @@ impl Scratch {
         let scratch = KBox::new_uninit(GFP_KERNEL | __GFP_NOWARN).ok()?;
         // SAFETY: An array of bytes, which is written before it is read.
         Some(Scratch(unsafe { scratch.assume_init() }))
+    }
+
+    /// Its bytes, to be written.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8; PAGE_SIZE] {
+        &mut self.0
+    }
+
+    /// Its bytes.
+    pub(crate) fn bytes(&self) -> &[u8; PAGE_SIZE] {
+        &self.0
     }
 }
 
@@ -241,30 +270,40 @@ impl Store {
         scratch: &mut Scratch,
         to: &mut Frame,
     ) -> Result<(), Corrupt> {
-        let pool = self.pool.as_ref().ok_or(Corrupt)?.0.as_ptr();
+        self.with(object, scratch, |bytes| decompress(bytes, to))
+            .unwrap_or(Err(Corrupt))
+    }
+
+    /// Copies an object into `scratch`. Does not sleep.
+    pub(super) fn read<'a>(&self, object: &Object, scratch: &'a mut Scratch) -> Option<&'a [u8]> {
         let len = usize::from(object.len);
-        // SAFETY: By the object's invariant it is alive, and `len` long; the scratch is longer. What
-        // comes out is at most PAGE_SIZE bytes, into a frame that the caller owns alone.
-        let bytes = unsafe {
-            let from = bindings::zs_obj_read_begin(
-                pool,
-                object.handle,
-                len,
-                scratch.0.as_mut_ptr().cast(),
-            );
-            let bytes = bindings::LZ4_decompress_safe(
-                from.cast(),
-                to.as_ref().address().cast(),
-                i32::from(object.len),
-                PAGE_SIZE as i32,
-            );
+        let local = scratch.0.as_mut_ptr();
+        let pool = self.pool.as_ref()?.0.as_ptr();
+        // SAFETY: As in `with`. The object lies elsewhere, or was put into the scratch already.
+        unsafe {
+            let from = bindings::zs_obj_read_begin(pool, object.handle, len, local.cast());
+            core::ptr::copy(from.cast::<u8>(), local.cast::<u8>(), len);
             bindings::zs_obj_read_end(pool, object.handle, len, from);
-            bytes
-        };
-        if usize::try_from(bytes) == Ok(PAGE_SIZE) {
-            Ok(())
-        } else {
-            Err(Corrupt)
+        }
+        scratch.0.get(..len)
+    }
+
+    /// Runs `f` on the bytes of an object.
+    fn with<R>(
+        &self,
+        object: &Object,
+        scratch: &mut Scratch,
+        f: impl FnOnce(&[u8]) -> R,
+    ) -> Option<R> {
+        let pool = self.pool.as_ref()?.0.as_ptr();
+        let len = usize::from(object.len);
+        let local = scratch.0.as_mut_ptr();
+        // SAFETY: By the object's invariant it is alive, and `len` long; the scratch is longer.
+        unsafe {
+            let from = bindings::zs_obj_read_begin(pool, object.handle, len, local.cast());
+            let result = f(core::slice::from_raw_parts(from.cast(), len));
+            bindings::zs_obj_read_end(pool, object.handle, len, from);
+            Some(result)
         }
     }
 

@@ -271,11 +271,13 @@ pub fn arrows(path: &str, text: &str) -> Vec<(usize, String)> {
 /// The files of the engine by storey: objects, what is done to pages, and who does it. A file uses
 /// its own storey and those below, but those who do it are independent of each other.
 const STOREYS: &[&[&str]] = &[
-    &["vm", "region", "shared", "pressure", "sample", "stall"],
+    &[
+        "vm", "region", "shared", "pressure", "sample", "stall", "volume",
+    ],
     &[
         "backing", "merge", "split", "compress", "cold", "caps", "swap", "huge", "survey",
     ],
-    &["fault", "data", "scan", "reclaim", "regroup"],
+    &["fault", "data", "scan", "reclaim", "regroup", "swapper"],
 ];
 
 /// The object that ties all of the engine together: it uses every storey, and every storey uses it
