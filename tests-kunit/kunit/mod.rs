@@ -5,6 +5,7 @@
 //!
 //! A failed assertion skips destructors, so a failing run may leak.
 
+mod crypt;
 mod frames;
 mod index;
 mod packed;

@@ -168,7 +168,7 @@ fn proofs(k: &Kernel) -> Result<Vec<Test>> {
     // The cases of a debug build come first: one of them needs an index that has not grown yet.
     let script = format!(
         "sh -c '{scenario} run --filter debug/ --mount /run/thinram; \
-         {scenario} prove --mount /run/thinram --disk /run/disk'"
+         {scenario} prove --mount /run/thinram --disk /run/disk --scratch /dev/ubdb'"
     );
     let mut job = job("proofs", Place::UmlDebug, &script);
     job.append += " panic_on_warn=0";

@@ -103,6 +103,10 @@ impl Outcome {
 
 /// The size of the disk that each run gets, mounted at /run/disk.
 const DISK_BYTES: u64 = 1 << 30;
+/// And of a second one, for cases that make a file system of their own on it.
+const SCRATCH_BYTES: u64 = 64 << 20;
+/// Their files, in this order.
+const DISKS: [(&str, u64); 2] = [("disk.img", DISK_BYTES), ("scratch.img", SCRATCH_BYTES)];
 
 /// Signs of a kernel in trouble.
 const BAD: &[&str] = &[
@@ -329,11 +333,12 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
         "-device",
         "virtio-rng-pci,rng=rng",
     ]);
-    let disk = dir.join("disk.img");
-    c.arg("-drive").arg(format!(
-        "if=virtio,format=raw,cache=unsafe,file={}",
-        disk.display()
-    ));
+    for disk in DISKS {
+        c.arg("-drive").arg(format!(
+            "if=virtio,format=raw,cache=unsafe,file={}",
+            dir.join(disk.0).display()
+        ));
+    }
     let out = dir.join("output.log");
     c.args([
         "-serial",
@@ -369,7 +374,8 @@ fn uml(linux: &Path, job: &Job, dir: &Path) -> Command {
         "ssl=null",
         "panic=-1",
         "panic_on_warn=1",
-        &format!("ubd0={}", dir.join("disk.img").display()),
+        &format!("ubd0={}", dir.join(DISKS[0].0).display()),
+        &format!("ubd1={}", dir.join(DISKS[1].0).display()),
         &format!("thinram.dir={}", dir.display()),
     ]);
     if job.append.contains("thinram.shell=1") {
@@ -393,7 +399,9 @@ fn start(k: &Kernel, job: &Job, hardware: Hardware) -> Result<(Command, PathBuf)
     write(dir.join("output.log"), "")?;
     write(dir.join("kernel.log"), "")?;
     // Sparse: only what the run writes takes room.
-    fs::File::create(dir.join("disk.img"))?.set_len(DISK_BYTES)?;
+    for (disk, bytes) in DISKS {
+        fs::File::create(dir.join(disk))?.set_len(bytes)?;
+    }
     let cmd = match job.place {
         Place::Uml => uml(&target("uml/linux"), job, &dir),
         Place::UmlDebug => uml(&target("uml/linux-debug"), job, &dir),
@@ -466,7 +474,9 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
     }
     progress.end();
     stream.pass_on();
-    fs::remove_file(dir.join("disk.img"))?;
+    for (disk, _) in DISKS {
+        fs::remove_file(dir.join(disk))?;
+    }
     let lossy = |p: &Path| String::from_utf8_lossy(&fs::read(p).unwrap_or_default()).into_owned();
     let (output, kernel_log) = (lossy(&out), lossy(&log));
     problems.extend(self::problems(&kernel_log));

@@ -58,6 +58,8 @@ pub struct Setup {
     pub ko: Option<PathBuf>,
     /// A directory on a file system that knows O_DIRECT.
     pub disk: Option<PathBuf>,
+    /// A block device whose content is nobody's.
+    pub scratch: Option<PathBuf>,
 }
 
 /// What one case works with.
@@ -106,6 +108,9 @@ impl Ctx {
         let forced = self.setup.debug.join("force_state");
         if forced.exists() {
             fs::write(&forced, "none").with_context(|| format!("write {}", forced.display()))?;
+        }
+        if sys.has("swap_dir") {
+            sys.set("swap_dir", "\n")?;
         }
         if sys.has("large_pages") {
             sys.set("large_pages", "never")?;

@@ -204,6 +204,9 @@ fn spawn(case: &Case, setup: &Setup, dir: &Path) -> Result<(Child, Receiver<Stri
     if let Some(disk) = &setup.disk {
         command.arg("--disk").arg(disk);
     }
+    if let Some(scratch) = &setup.scratch {
+        command.arg("--scratch").arg(scratch);
+    }
     command
         .process_group(0)
         .stdin(Stdio::null())

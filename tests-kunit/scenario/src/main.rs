@@ -27,6 +27,7 @@ mod peers;
 mod prove;
 mod selftest;
 mod sharing;
+mod swap;
 mod sys;
 mod sysfs;
 mod torture;
@@ -119,6 +120,9 @@ struct Options {
     /// Directory on a disk file system that knows O_DIRECT
     #[arg(long)]
     disk: Option<PathBuf>,
+    /// Block device that cases may format: ALL ON IT IS LOST
+    #[arg(long)]
+    scratch: Option<PathBuf>,
 }
 
 impl Options {
@@ -149,6 +153,7 @@ impl Options {
                 .unwrap_or_else(|| rand::rngs::SmallRng::from_os_rng().random()),
             ko: self.ko,
             disk: self.disk,
+            scratch: self.scratch,
         })
     }
 }
@@ -172,6 +177,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         huge::CASES,
         compress::CASES,
         cold::CASES,
+        swap::CASES,
         active::CASES,
         inject::CASES,
         fuzz::CASES,

@@ -150,6 +150,23 @@ const PROTECTIONS: &[Protection] = &[
         large: false,
         with: None,
     },
+    Protection {
+        name: "checksum",
+        prevents: "believing what a disk gives back",
+        case: "swap/corrupt",
+        sees: Sees::Corruption,
+        large: false,
+        with: None,
+    },
+    Protection {
+        name: "write_result",
+        prevents: "giving a page up that was not written",
+        case: "swap/write-fails",
+        // Its processes cannot read it again.
+        sees: Sees::CorruptionOrBusError,
+        large: false,
+        with: None,
+    },
     large(
         "freeze",
         "splitting a folio that somebody holds a part of",

@@ -621,6 +621,19 @@ impl UserFault {
     }
 }
 
+nix::ioctl_read!(ext4_shutdown, b'X', 125, u32);
+
+/// Makes the ext4 at `dir` fail from now on, as if its disk were gone.
+pub fn shut_down(dir: &Path) -> Result<()> {
+    /// Not even the journal is written.
+    const NO_LOG_FLUSH: u32 = 2;
+    let root = File::open(dir).with_context(|| format!("open {}", dir.display()))?;
+    let mut how = NO_LOG_FLUSH;
+    // SAFETY: the request reads one number.
+    unsafe { ext4_shutdown(root.as_raw_fd(), &mut how) }.context("EXT4_IOC_SHUTDOWN")?;
+    Ok(())
+}
+
 nix::ioctl_write_int_bad!(loop_set_fd, 0x4c00);
 nix::ioctl_none_bad!(loop_clr_fd, 0x4c01);
 nix::ioctl_none_bad!(loop_get_free, 0x4c82);
