@@ -10,6 +10,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -132,7 +133,14 @@ pub struct Guest {
 impl Guest {
     /// Starts it; it boots on its own.
     pub fn start(spec: &Spec) -> Result<Self> {
-        let qmp = PathBuf::from(format!("/run/qmp-{}-{}", spec.name, std::process::id()));
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        // Two of a name run while one migrates to the other.
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let qmp = PathBuf::from(format!(
+            "/run/qmp-{}-{}-{number}",
+            spec.name,
+            std::process::id()
+        ));
         let _ = std::fs::remove_file(&qmp);
         let mut command = spec.command(&qmp);
         command
@@ -177,6 +185,13 @@ impl Guest {
             .rev()
             .find_map(|l| value(l, "guest-load: pass="));
         last.unwrap_or(0)
+    }
+
+    /// The first pass that it told of after that many lines of its console.
+    pub fn passes_since(&self, line: usize) -> Option<u64> {
+        let lines = self.lines();
+        let new = lines.get(line..)?;
+        new.iter().find_map(|l| value(l, "guest-load: pass="))
     }
 
     /// What its load said at the end: all bytes were right in all passes. None before.
@@ -266,6 +281,7 @@ impl Guest {
     /// Sends one QMP command; what it returns.
     pub fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
         if self.control.is_none() {
+            self.wait("QMP socket", Duration::from_secs(60), |g| g.qmp.exists())?;
             let stream = UnixStream::connect(&self.qmp).context("QMP socket")?;
             stream.set_read_timeout(Some(Duration::from_secs(60)))?;
             let mut control = BufReader::new(stream);

@@ -5,6 +5,7 @@
 
 use crate::env::{read, target};
 use crate::guest::{Guest, Kind, Spec};
+use crate::{kvm_selftests, real};
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::json;
 use std::fs;
@@ -19,6 +20,9 @@ const SYS: &str = "/sys/fs/thinram";
 pub const BOOT: Duration = Duration::from_secs(240);
 /// Long enough for one pass of a load, or for an answer.
 pub const SOON: Duration = Duration::from_secs(120);
+
+/// How often what goes in rounds goes round in `make test`.
+pub const ROUNDS: u64 = 2;
 
 /// The file system that guests' memory lies on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -170,12 +174,17 @@ pub fn until(what: &str, limit: Duration, mut done: impl FnMut() -> Result<bool>
     Ok(())
 }
 
-struct Ctx {
-    fs: Fs,
+/// What a case gets.
+pub struct Ctx {
+    /// The file system for guests' memory.
+    pub fs: Fs,
+    /// How often what goes in rounds goes round.
+    pub rounds: u64,
 }
 
 impl Ctx {
-    fn mount(&self) -> Result<Mount> {
+    /// Mounts at the usual place.
+    pub fn mount(&self) -> Result<Mount> {
         Mount::new(self.fs, MOUNT, Some("lab"))
     }
 }
@@ -239,6 +248,36 @@ const CASES: &[Case] = &[
         run: stock,
     },
     Case {
+        name: "live_migration_and_upgrade_of_the_module",
+        module: false,
+        run: real::migration,
+    },
+    Case {
+        name: "snapshot_to_a_file_and_back",
+        module: false,
+        run: real::snapshot,
+    },
+    Case {
+        name: "savevm_and_loadvm",
+        module: false,
+        run: real::savevm,
+    },
+    Case {
+        name: "virtio_mem_plugs_and_unplugs",
+        module: false,
+        run: real::virtio_mem,
+    },
+    Case {
+        name: "vhost_net_carries_what_the_guest_sends",
+        module: false,
+        run: real::vhost_net,
+    },
+    Case {
+        name: "sudden_ends_leave_nothing_behind",
+        module: false,
+        run: real::sudden_ends,
+    },
+    Case {
         name: "private_mapping_is_refused_with_a_hint",
         module: true,
         run: private,
@@ -264,6 +303,26 @@ const CASES: &[Case] = &[
         run: limited,
     },
     Case {
+        name: "kvm_selftest_demand_paging",
+        module: true,
+        run: kvm_selftests::demand_paging,
+    },
+    Case {
+        name: "kvm_selftest_dirty_log",
+        module: true,
+        run: kvm_selftests::dirty_log,
+    },
+    Case {
+        name: "kvm_selftest_memslots",
+        module: true,
+        run: kvm_selftests::memslots,
+    },
+    Case {
+        name: "kvm_selftest_page_tables",
+        module: true,
+        run: kvm_selftests::page_tables,
+    },
+    Case {
         name: "libvirt_runs_a_guest_unprivileged",
         module: true,
         run: |_| crate::libvirt::guest(),
@@ -280,12 +339,22 @@ const CASES: &[Case] = &[
     },
 ];
 
-/// Runs the cases whose name contains `filter`; KTAP on stdout. True if none failed.
-pub fn guests(fs: Fs, filter: &str) -> Result<bool> {
+/// What takes long and finds little that the others do not.
+const LONG_CASES: &[Case] = &[Case {
+    name: "kvm_selftest_memory_regions",
+    module: true,
+    run: kvm_selftests::regions,
+}];
+
+/// Runs the cases whose name contains `filter`; KTAP on stdout. True if none failed. With more
+/// `rounds` than usual those that take long are among them.
+pub fn guests(fs: Fs, filter: &str, rounds: u64) -> Result<bool> {
     load(fs)?;
-    let cases: Vec<&Case> = CASES.iter().filter(|c| c.name.contains(filter)).collect();
+    let long = if rounds > ROUNDS { LONG_CASES } else { &[] };
+    let all = CASES.iter().chain(long);
+    let cases: Vec<&Case> = all.filter(|c| c.name.contains(filter)).collect();
     println!("KTAP version 1\n1..{}", cases.len() + 1);
-    let ctx = Ctx { fs };
+    let ctx = Ctx { fs, rounds };
     let mut good = true;
     for (i, case) in cases.iter().enumerate() {
         let n = i + 1;
@@ -319,7 +388,7 @@ pub fn guests(fs: Fs, filter: &str) -> Result<bool> {
 }
 
 /// Lets a guest boot, work for some passes, and takes its verdict.
-fn work(guest: &mut Guest, passes: u64) -> Result<()> {
+pub fn work(guest: &mut Guest, passes: u64) -> Result<()> {
     guest.wait("boot", BOOT, Guest::booted)?;
     guest.wait("pass", SOON, |g| g.passes() >= passes)?;
     ensure!(
@@ -478,11 +547,11 @@ fn direct_disk(ctx: &Ctx) -> Result<()> {
     ]
     .map(String::from)
     .to_vec();
-    // The same bytes are read back three times past the guest's own cache.
+    // The same bytes are read back three times past the guest's own cache, into its user space.
     spec.append = "RUN=\"dd if=/dev/urandom of=/tmp/a bs=1M count=16 2>/dev/null; \
                    want=$(md5sum </tmp/a); dd if=/tmp/a of=/dev/vda bs=1M conv=fsync 2>/dev/null; \
                    for i in 1 2 3; do echo 3 >/proc/sys/vm/drop_caches; \
-                   got=$(dd if=/dev/vda bs=1M count=16 2>/dev/null | md5sum); \
+                   got=$(dd if=/dev/vda bs=1M count=16 iflag=direct 2>/dev/null | md5sum); \
                    [ $got = $want ] 2>/dev/null && echo guest: same || echo guest: other $got; \
                    done; guest-load web1 16\""
         .replace("md5sum </tmp/a", "md5sum </tmp/a | cut -c1-32")

@@ -11,10 +11,12 @@ mod env;
 mod guest;
 mod inside;
 mod ktap;
+mod kvm_selftests;
 mod large;
 mod libvirt;
 mod lint;
 mod promtool;
+mod real;
 mod report;
 mod setup;
 mod step;
@@ -92,6 +94,9 @@ enum Inside {
         /// Only cases whose name contains this
         #[arg(long, default_value = "")]
         filter: String,
+        /// How often what goes in rounds goes round; more than usual adds what takes long
+        #[arg(long, default_value_t = inside::ROUNDS)]
+        rounds: u64,
     },
 }
 
@@ -113,7 +118,7 @@ fn work(task: Task) -> Result<ExitCode> {
             Inside::BenchLarge => large::run()?,
             Inside::BenchCache => bench_cache::run()?,
             Inside::Demo => demo::run()?,
-            Inside::Guests { fs, filter } => inside::guests(fs, &filter)?,
+            Inside::Guests { fs, filter, rounds } => inside::guests(fs, &filter, rounds)?,
         };
         return Ok(if good {
             ExitCode::SUCCESS

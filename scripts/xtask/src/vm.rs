@@ -177,10 +177,11 @@ pub fn host_initramfs(k: &Kernel) -> Result<PathBuf> {
 }
 
 /// Builds the guests' side, into `target/guests`: `small.vmlinuz`, `stock.vmlinuz` and the
-/// initramfs of each, `small.initrd` and `stock.initrd`; and `agent.initrd`, which is the small one
-/// with QEMU's guest agent.
+/// initramfs of each, `small.initrd` and `stock.initrd`; `agent.initrd`, which is the small one with
+/// QEMU's guest agent; and the selftests of KVM.
 pub fn guests(k: &Kernel) -> Result<PathBuf> {
     setup::stock(k)?;
+    crate::kvm_selftests::build(k)?;
     let small = setup::guest_kernel(k)?;
     let dir = target("guests");
     fs::create_dir_all(&dir)?;
@@ -192,7 +193,8 @@ pub fn guests(k: &Kernel) -> Result<PathBuf> {
     let init = src("scripts/vm/guest-init");
     let files = [("init", init), ("bin/guest-load", load)];
     initramfs(k, &dir.join("small.initrd"), &files, &[])?;
-    initramfs(k, &dir.join("stock.initrd"), &files, &["virtio_balloon"])?;
+    let modules = ["virtio_balloon", "failover", "net_failover", "virtio_net"];
+    initramfs(k, &dir.join("stock.initrd"), &files, &modules)?;
     let agent = setup::unpacked("qemu-guest-agent")?.join("usr/sbin/qemu-ga");
     let libraries = libraries(&agent)?;
     let with_agent: Vec<(&str, PathBuf)> = files
