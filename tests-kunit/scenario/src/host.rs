@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 use crate::check::{bytes_are, eq, fails_any, page_is, skip, that, within, Code};
-use crate::content::{self, page_bytes};
+use crate::content::{self, page_bytes, pages_bytes};
 use crate::contention::force;
 use crate::ctx::{tool, Ctx};
 use crate::harness::Case;
@@ -408,7 +408,8 @@ fn gdb(ctx: &Ctx) -> Result<()> {
     let gdb = tool("gdb")?;
     let mount = ctx.mount("m", "size=16M")?;
     let file = mount.file("web", "ram", 4)?;
-    let debuggee = Debuggee::start(ctx, &file, |map| {
+    file.write_all_at(&pages_bytes(1, 2), 0)?;
+    let debuggee = Debuggee::start(ctx, &file, RW, |map| {
         eq("the word that gdb set", map.get(2, 5), 0x1234_5678)
     })?;
     let addr = debuggee.addr as u64;

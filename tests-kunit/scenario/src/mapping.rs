@@ -658,7 +658,7 @@ fn process_vm(ctx: &Ctx) -> Result<()> {
     eq("the same by the mapping", guest.map.get(3, 1), word)
 }
 
-/// A process for a debugger: it maps four pages, the first two written, and waits.
+/// A process for a debugger: it maps four pages and waits.
 pub struct Debuggee {
     /// The process.
     pub child: sys::Child,
@@ -672,12 +672,12 @@ impl Debuggee {
     pub fn start(
         ctx: &Ctx,
         file: &File,
+        prot: libc::c_int,
         check: impl FnOnce(&Map) -> Result<()>,
     ) -> Result<Debuggee> {
-        file.write_all_at(&pages_bytes(1, 2), 0)?;
         let shared = Map::anonymous(PAGE)?;
         let child = sys::fork(|| {
-            let map = Map::shared(file, 0, 4 * PAGE, RW)?;
+            let map = Map::shared(file, 0, 4 * PAGE, prot)?;
             shared.set(0, 1, map.addr() as u64);
             while shared.get(0, 0) == 0 {
                 std::thread::sleep(std::time::Duration::from_millis(1));
@@ -705,7 +705,8 @@ impl Debuggee {
 fn debugger(ctx: &Ctx) -> Result<()> {
     let mount = ctx.mount("m", "size=16M")?;
     let file = mount.file("web", "ram", 4)?;
-    let debuggee = Debuggee::start(ctx, &file, |map| {
+    file.write_all_at(&pages_bytes(1, 2), 0)?;
+    let debuggee = Debuggee::start(ctx, &file, RW, |map| {
         eq("the poked word", map.get(2, 5), 0x1234_5678)?;
         eq("the word by /proc/PID/mem", map.get(1, 6), 0xabcd)
     })?;

@@ -4,12 +4,16 @@
 //! has the table.
 
 use anyhow::{bail, Context, Result};
+use nix::errno::Errno;
+use nix::sys::ptrace;
 use nix::sys::signal::Signal;
+use nix::sys::wait::waitpid;
 
-use crate::check::{eq, page_is};
+use crate::check::{eq, fails, page_is};
 use crate::content;
 use crate::ctx::{Ctx, Guest};
 use crate::harness::Case;
+use crate::mapping::Debuggee;
 use crate::sharing::{merged_twins, twins, SOON};
 use crate::sys::{self, Map, PAGE, R, RW, WORDS};
 
@@ -155,7 +159,20 @@ fn under(ctx: &Ctx, prot: libc::c_int) -> Result<()> {
 }
 
 fn prot_none(ctx: &Ctx) -> Result<()> {
-    under(ctx, libc::PROT_NONE)
+    under(ctx, libc::PROT_NONE)?;
+    // A debugger may read what is merged; a write it may force into private memory only.
+    let (_mount, a, _b) = merged_twins(ctx, 4)?;
+    let debuggee = Debuggee::start(ctx, &a.file, libc::PROT_NONE, |_| Ok(()))?;
+    let (pid, at) = (debuggee.child.pid(), debuggee.addr + PAGE);
+    ptrace::attach(pid)?;
+    waitpid(pid, None)?;
+    let seen = ptrace::read(pid, at as ptrace::AddressType)? as u64;
+    eq("peeked word", seen, content::word(2, 0))?;
+    let written = ptrace::write(pid, at as ptrace::AddressType, 1);
+    fails("a forced write", written, Errno::EIO)?;
+    ptrace::detach(pid, None)?;
+    debuggee.end(ctx)?;
+    eq("pages_sharing", ctx.sys().get("pages_sharing")?, 4)
 }
 
 fn read_only_merge(ctx: &Ctx) -> Result<()> {
