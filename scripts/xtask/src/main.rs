@@ -139,7 +139,7 @@ fn work(task: Task) -> Result<ExitCode> {
             vm::host_initramfs(&kernel)?;
             step::say(format!("{:?}", vm::hardware(&kernel)?));
             vm::guests(&kernel)?;
-            setup::uml(&kernel, false)?;
+            setup::uml(&kernel, setup::Uml::Plain)?;
         }
         Task::Kdir => {
             let dir = setup::kdir(&kernel)?;
@@ -152,6 +152,7 @@ fn work(task: Task) -> Result<ExitCode> {
         Task::Module => println!("{}", setup::module(&kernel)?.display()),
         Task::Check => {
             return Ok(report::show(&[report::Suite::new(
+                report::Kind::Host,
                 "check",
                 check::all(&kernel)?,
             )]))
@@ -167,9 +168,12 @@ fn work(task: Task) -> Result<ExitCode> {
         } => {
             match place {
                 vm::Place::KvmHost => drop(vm::guests(&kernel)?),
-                vm::Place::Uml => drop(setup::uml(&kernel, false)?),
-                vm::Place::UmlDebug => drop(setup::uml(&kernel, true)?),
                 vm::Place::SmpHost => {}
+                vm::Place::Uml | vm::Place::UmlDebug | vm::Place::UmlKasan => {
+                    if let Some(kind) = place.uml() {
+                        setup::uml(&kernel, kind)?;
+                    }
+                }
             }
             let job = vm::Job {
                 name: format!("run-{}", std::process::id()),
@@ -195,7 +199,7 @@ fn work(task: Task) -> Result<ExitCode> {
         }
         Task::HostShell => vm::shell(&kernel, vm::Place::KvmHost, "", 2048)?,
         Task::UmlShell => {
-            setup::uml(&kernel, false)?;
+            setup::uml(&kernel, setup::Uml::Plain)?;
             vm::shell(&kernel, vm::Place::Uml, "", 1024)?;
         }
         Task::Clean => {
@@ -248,7 +252,7 @@ fn demo_host(kernel: &env::Kernel) -> Result<ExitCode> {
 
 /// The benchmark as seen from outside.
 fn bench_host(kernel: &env::Kernel) -> Result<ExitCode> {
-    setup::uml(kernel, false)?;
+    setup::uml(kernel, setup::Uml::Plain)?;
     let report = bench::report_path();
     let job = vm::Job {
         name: "bench".into(),

@@ -361,32 +361,76 @@ const UML_KCONFIG: &str = "\nconfig THINRAM\n\tdef_bool y\n\tselect MAPPING_DIRT
 /// UML accounts CPU time by ticks of 10 ms, longer than what the benchmark measures.
 const UML_CLOCK: &str = "\nunsigned long long sched_clock(void)\n{\n\treturn os_nsecs();\n}\n";
 
-/// User-Mode Linux with the module built in: `target/uml/linux`.
+/// Where clang puts data of the large code model, the linker script knows nothing of: it would lie
+/// behind the end of the kernel, and neither lockdep nor kmemleak would take it for data.
+const UML_BSS: [&str; 2] = ["*(.bss .bss.* .gnu", "*(.bss .bss.* .lbss .lbss.* .gnu"];
+
+/// A User-Mode Linux with the module built in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Uml {
+    /// As a distribution would build it.
+    Plain,
+    /// The same with a module whose protections can be taken out one at a time.
+    Debug,
+    /// That module, in a kernel that watches memory and locks (KASAN, lockdep and others).
+    Kasan,
+}
+
+impl Uml {
+    /// The executable, in this checkout.
+    pub fn image(self) -> PathBuf {
+        target(match self {
+            Uml::Plain => "uml/linux",
+            Uml::Debug => "uml/linux-debug",
+            Uml::Kasan => "uml/linux-kasan",
+        })
+    }
+
+    /// The name of the tree that it is built in, and of its stamp.
+    fn tree(self) -> &'static str {
+        match self {
+            Uml::Plain | Uml::Debug => "uml",
+            Uml::Kasan => "uml-kasan",
+        }
+    }
+
+    fn fragment(self) -> Result<String> {
+        let common = read(src("scripts/kernel/uml.config"))?;
+        Ok(match self {
+            Uml::Plain | Uml::Debug => common,
+            Uml::Kasan => common + "\n" + &read(src("scripts/kernel/sanitizers.config"))?,
+        })
+    }
+}
+
+/// User-Mode Linux, built.
 ///
-/// The tree is one for all checkouts; the module's files are copied into it by
+/// The trees are those of all checkouts; the module's files are copied into them by
 /// content, so that only what differs is compiled again.
-/// With `debug` it is `target/uml/linux-debug`, whose protections can be taken out one at a time.
-pub fn uml(k: &Kernel, debug: bool) -> Result<PathBuf> {
-    let dest = cache(format!("uml-{}", k.slug()));
-    let log = cache("logs/uml.log");
-    let fragment = read(src("scripts/kernel/uml.config"))?;
+pub fn uml(k: &Kernel, kind: Uml) -> Result<PathBuf> {
+    let name = kind.tree();
+    let dest = cache(format!("{name}-{}", k.slug()));
+    let log = cache(format!("logs/{name}.log"));
+    let fragment = kind.fragment()?;
     let inputs = format!("{}\n{fragment}\n{UML_KCONFIG}{UML_CLOCK}", k.version);
     let make = || {
         let mut c = tied("nice");
         c.args(["make", "-C"])
             .arg(&dest)
-            .args(["ARCH=um", "THINRAM_BUILTIN=y", CC, &jobs()])
-            .arg(if debug {
-                "THINRAM_DEBUG=y"
-            } else {
+            .args(["ARCH=um", "THINRAM_BUILTIN=y", &jobs()])
+            // KASAN and Rust together need clang.
+            .arg(if kind == Uml::Kasan { "LLVM=1" } else { CC })
+            .arg(if kind == Uml::Plain {
                 "THINRAM_DEBUG="
+            } else {
+                "THINRAM_DEBUG=y"
             });
         c
     };
-    let _lock = lock("uml")?;
+    let _lock = lock(name)?;
     step(
-        "User-Mode Linux: configuration",
-        &stamp("uml"),
+        &format!("User-Mode Linux ({name}): configuration"),
+        &stamp(name),
         &inputs,
         || {
             if !dest.join("Makefile").exists() {
@@ -395,22 +439,24 @@ pub fn uml(k: &Kernel, debug: bool) -> Result<PathBuf> {
             append(&dest.join("drivers/Makefile"), "\nobj-y += thinram/\n")?;
             append(&dest.join("drivers/Kconfig"), UML_KCONFIG)?;
             append(&dest.join("arch/um/kernel/time.c"), UML_CLOCK)?;
+            if kind == Uml::Kasan {
+                let [from, to] = UML_BSS;
+                replace(&dest.join("arch/um/kernel/dyn.lds.S"), from, to)?;
+            }
             configure(&log, &make, &dest, "defconfig", &fragment)
         },
     )?;
     copy_module(&dest)?;
     let built = dest.join("linux");
     if built.exists() {
-        say("User-Mode Linux: build");
+        say(format!("User-Mode Linux ({name}): build"));
     } else {
-        say("User-Mode Linux: build (7 min the first time)");
+        say(format!(
+            "User-Mode Linux ({name}): build (7 min the first time)"
+        ));
     }
     run(&log, make().arg("linux"))?;
-    let linux = target(if debug {
-        "uml/linux-debug"
-    } else {
-        "uml/linux"
-    });
+    let linux = kind.image();
     fs::create_dir_all(linux.parent().context("target/uml")?)?;
     run(&log, tied("rsync").args(["-c"]).arg(&built).arg(&linux))?;
     Ok(linux)
@@ -449,6 +495,20 @@ fn append(path: &Path, extra: &str) -> Result<()> {
     }
     let tmp = path.with_extension("tmp");
     write(&tmp, text + extra)?;
+    fs::rename(&tmp, path).with_context(|| format!("{}", path.display()))
+}
+
+/// Replaces a piece of such a file, which has to be there.
+fn replace(path: &Path, from: &str, to: &str) -> Result<()> {
+    let text = fs::read_to_string(path)?;
+    if text.contains(to) {
+        return Ok(());
+    }
+    if !text.contains(from) {
+        bail!("{} has no {from:?}", path.display());
+    }
+    let tmp = path.with_extension("tmp");
+    write(&tmp, text.replace(from, to))?;
     fs::rename(&tmp, path).with_context(|| format!("{}", path.display()))
 }
 

@@ -4,7 +4,7 @@
 
 use crate::env::{read, target, Kernel};
 use crate::ktap::{self, Outcome, Test};
-use crate::report::Suite;
+use crate::report::{Kind, Suite};
 use crate::step::{run, say, tied};
 use crate::vm::{self, Job, Place};
 use crate::{check, setup};
@@ -17,10 +17,10 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// All suites. One that cannot run is a failure, and the others run all the same.
 pub fn all(k: &Kernel) -> Vec<Suite> {
     let mut suites = vec![
-        Suite::run("unit tests", workspace),
-        Suite::run("check", || check::all(k)),
+        Suite::run(Kind::Host, "unit tests", workspace),
+        Suite::run(Kind::Host, "check", || check::all(k)),
     ];
-    let module = Suite::run("module for the stock kernel", || {
+    let module = Suite::run(Kind::Host, "module for the stock kernel", || {
         setup::module(k)?;
         Ok(vec![Test::pass("module builds")])
     });
@@ -28,6 +28,7 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
     suites.push(module);
     if let Err(e) = programs() {
         suites.push(Suite::new(
+            Kind::Host,
             "programs",
             vec![Test::fail("programs build", format!("{e:#}"))],
         ));
@@ -40,16 +41,21 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
     // Two machines fit on two cores: the one with guests has a single CPU.
     let (smp, kvm) = std::thread::scope(|s| {
         let smp = s.spawn(|| {
-            let scenarios = Suite::run("stock kernel, 2 CPUs: scenarios", || smp(k));
+            let name = "stock kernel, 2 CPUs: scenarios";
+            let scenarios = Suite::run(Kind::Scenario, name, || smp(k));
             let large = "stock kernel: each protection of 2 MiB pages is missed";
-            vec![scenarios, Suite::run(large, || large_proofs(k))]
+            vec![
+                scenarios,
+                Suite::run(Kind::Scenario, large, || large_proofs(k)),
+            ]
         });
-        let kvm = Suite::run("stock kernel: KVM guests", || guests(k));
+        let kvm = Suite::run(Kind::Kvm, "stock kernel: KVM guests", || guests(k));
         (smp.join(), kvm)
     });
     suites.extend(smp.unwrap_or_else(|_| {
         let name = "stock kernel, 2 CPUs: scenarios";
         vec![Suite::new(
+            Kind::Scenario,
             name,
             vec![Test::fail("suite", "the runner itself panicked")],
         )]
@@ -128,14 +134,14 @@ fn unit_tests(text: &str, log: &Path) -> Vec<Test> {
 }
 
 fn uml(k: &Kernel) -> Vec<Suite> {
-    let built = match setup::uml(k, false) {
+    let built = match setup::uml(k, setup::Uml::Plain) {
         Ok(_) => Test::pass("User-Mode Linux builds"),
         Err(e) => {
             let test = Test::fail("User-Mode Linux builds", format!("{e:#}"));
-            return vec![Suite::new("UML", vec![test])];
+            return vec![Suite::new(Kind::Scenario, "UML", vec![test])];
         }
     };
-    let kunit = Suite::run("UML: KUnit", || {
+    let kunit = Suite::run(Kind::KUnit, "UML: KUnit", || {
         let run = vm::execute(
             k,
             &Job {
@@ -148,22 +154,24 @@ fn uml(k: &Kernel) -> Vec<Suite> {
         tests.extend(run.health());
         Ok(tests)
     });
-    let scenarios = Suite::run("UML, native speed: scenarios", || {
+    let scenarios = Suite::run(Kind::Scenario, "UML, native speed: scenarios", || {
         let script = "/src/scripts/vm/process";
         Ok(vm::execute(k, &job("uml-scenarios", Place::Uml, script))?.tests())
     });
-    let harness = Suite::run("UML: the harness notices", || {
+    let harness = Suite::run(Kind::Scenario, "UML: the harness notices", || {
         let script = "/src/target/sysroot/release/thinram-scenario selftest --mount /run/thinram";
         Ok(vm::execute(k, &job("selftest", Place::Uml, script))?.tests())
     });
-    let proofs = Suite::run("UML: each protection is missed", || proofs(k));
+    let proofs = Suite::run(Kind::Scenario, "UML: each protection is missed", || {
+        proofs(k)
+    });
     vec![kunit, harness, scenarios, proofs]
 }
 
 /// Takes one protection out at a time; the torture has to see corrupt data each time. What the
 /// kernel says of that is no failure.
 fn proofs(k: &Kernel) -> Result<Vec<Test>> {
-    setup::uml(k, true)?;
+    setup::uml(k, setup::Uml::Debug)?;
     let scenario = "/src/target/sysroot/release/thinram-scenario";
     // The cases of a debug build come first: one of them needs an index that has not grown yet.
     let script = format!(
@@ -218,7 +226,7 @@ fn guests(k: &Kernel) -> Result<Vec<Test>> {
 
 /// A job of the size that the suites need.
 fn job(name: &str, place: Place, script: &str) -> Job {
-    let uml = matches!(place, Place::Uml | Place::UmlDebug);
+    let uml = place.uml().is_some();
     let append = if uml { "kunit.enable=0" } else { "" };
     Job {
         name: name.into(),

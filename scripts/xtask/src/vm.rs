@@ -38,6 +38,20 @@ pub enum Place {
     Uml,
     /// The same with a module whose protections can be taken out.
     UmlDebug,
+    /// That module on User-Mode Linux with KASAN, lockdep and what else watches a kernel.
+    UmlKasan,
+}
+
+impl Place {
+    /// The User-Mode Linux that it is, if it is one.
+    pub fn uml(self) -> Option<setup::Uml> {
+        match self {
+            Place::Uml => Some(setup::Uml::Plain),
+            Place::UmlDebug => Some(setup::Uml::Debug),
+            Place::UmlKasan => Some(setup::Uml::Kasan),
+            Place::KvmHost | Place::SmpHost => None,
+        }
+    }
 }
 
 /// One run of a script.
@@ -364,10 +378,14 @@ fn uml(linux: &Path, job: &Job, dir: &Path) -> Command {
     let mut c = tied(linux);
     // One CPU: a TLB flush on UML only takes effect when the process next enters the kernel, so with
     // two a process goes on writing to a page that was taken from it.
+    c.arg(match job.place {
+        // Built by clang, it kills its first process under seccomp: it gets ptrace, which is slower.
+        Place::UmlKasan => "seccomp=off",
+        _ => "seccomp=on",
+    });
     c.args([
         &format!("mem={}M", job.memory_mib),
         "ncpus=1",
-        "seccomp=on",
         "rootfstype=hostfs",
         "rootflags=/",
         "rw",
@@ -404,10 +422,9 @@ fn start(k: &Kernel, job: &Job, hardware: Hardware) -> Result<(Command, PathBuf)
     for (disk, bytes) in DISKS {
         fs::File::create(dir.join(disk))?.set_len(bytes)?;
     }
-    let cmd = match job.place {
-        Place::Uml => uml(&target("uml/linux"), job, &dir),
-        Place::UmlDebug => uml(&target("uml/linux-debug"), job, &dir),
-        _ => {
+    let cmd = match job.place.uml() {
+        Some(kind) => uml(&kind.image(), job, &dir),
+        None => {
             setup::stock(k)?;
             qemu(k, job, &dir, hardware)?
         }
@@ -417,9 +434,9 @@ fn start(k: &Kernel, job: &Job, hardware: Hardware) -> Result<(Command, PathBuf)
 
 /// Runs the job to its end, showing its last line meanwhile.
 pub fn execute(k: &Kernel, job: &Job) -> Result<Outcome> {
-    let hardware = match job.place {
-        Place::Uml | Place::UmlDebug => Hardware::None,
-        _ => hardware(k)?,
+    let hardware = match job.place.uml() {
+        Some(_) => Hardware::None,
+        None => hardware(k)?,
     };
     execute_on(k, job, hardware)
 }
@@ -428,9 +445,9 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
     let (mut cmd, dir) = start(k, job, hardware)?;
     let host_log = dir.join("host.log");
     let host = fs::File::create(&host_log)?;
-    let stdout = match job.place {
-        Place::Uml | Place::UmlDebug => fs::File::create(dir.join("kernel.log"))?,
-        _ => host.try_clone()?,
+    let stdout = match job.place.uml() {
+        Some(_) => fs::File::create(dir.join("kernel.log"))?,
+        None => host.try_clone()?,
     };
     cmd.stdin(Stdio::null()).stdout(stdout).stderr(host);
     let begin = Instant::now();
@@ -547,10 +564,9 @@ pub fn shell(k: &Kernel, place: Place, script: &str, memory_mib: u32) -> Result<
         append: "thinram.shell=1".into(),
         stream: false,
     };
-    let hardware = if place == Place::Uml {
-        Hardware::None
-    } else {
-        hardware(k)?
+    let hardware = match place.uml() {
+        Some(_) => Hardware::None,
+        None => hardware(k)?,
     };
     let (mut cmd, dir) = start(k, &job, hardware)?;
     run(
