@@ -106,7 +106,10 @@ fn force(forced: &ForcedState, reader: &mut kernel::uaccess::UserSliceReader) ->
 
 #[cfg(thinram_debug)]
 mod switches {
-    use crate::sys::{inject, protect};
+    use crate::sys::{
+        inject::{self, Countdown},
+        protect,
+    };
     use core::sync::atomic::Ordering;
     use kernel::{
         debugfs::{Dir, File},
@@ -116,13 +119,12 @@ mod switches {
 
     struct Switch(protect::Protection);
 
-    struct Countdown;
-
-    /// One file for each protection, `1` takes it out; and `fail_allocation`: a number N lets the Nth
-    /// allocation from then on fail, and reads as how many it still is to that one.
+    /// One file for each protection, `1` takes it out; and one for each kind of failure, and
+    /// `fail_allocation` for all kinds: a number N lets the Nth from then on fail, and reads as how
+    /// many it still is to that one.
     pub(super) struct Switches {
         _protections: KVec<Pin<KBox<File<Switch>>>>,
-        _countdown: Pin<KBox<File<Countdown>>>,
+        _countdowns: KVec<Pin<KBox<File<Countdown>>>>,
     }
 
     impl Switches {
@@ -135,15 +137,21 @@ mod switches {
                 )?;
                 files.push(file, GFP_KERNEL)?;
             }
-            let countdown = dir.read_write_callback_file(
-                c"fail_allocation",
-                Countdown,
-                &show_countdown,
-                &store_countdown,
-            );
+            let mut countdowns = KVec::with_capacity(inject::POINTS.len() + 1, GFP_KERNEL)?;
+            let kinds = inject::POINTS.map(|(point, name)| (Some(point), name));
+            for (point, name) in Iterator::chain(kinds.into_iter(), [(None, c"fail_allocation")]) {
+                let countdown = Countdown::of(point);
+                let file = dir.read_write_callback_file(
+                    name,
+                    countdown,
+                    &show_countdown,
+                    &store_countdown,
+                );
+                countdowns.push(KBox::pin_init(file, GFP_KERNEL)?, GFP_KERNEL)?;
+            }
             Ok(Switches {
                 _protections: files,
-                _countdown: KBox::pin_init(countdown, GFP_KERNEL)?,
+                _countdowns: countdowns,
             })
         }
     }
@@ -163,17 +171,20 @@ mod switches {
         Ok(())
     }
 
-    fn show_countdown(_: &Countdown, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}", inject::left())
+    fn show_countdown(countdown: &Countdown, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", countdown.left())
     }
 
-    fn store_countdown(_: &Countdown, reader: &mut kernel::uaccess::UserSliceReader) -> Result {
+    fn store_countdown(
+        countdown: &Countdown,
+        reader: &mut kernel::uaccess::UserSliceReader,
+    ) -> Result {
         let mut digits = [0u8; 20];
         let len = reader.len();
         let text = digits.get_mut(..len).ok_or(EINVAL)?;
         reader.read_slice(text)?;
         let text = core::str::from_utf8(text).map_err(|_| EINVAL)?;
-        inject::fail_after(text.trim_end().parse().map_err(|_| EINVAL)?);
+        countdown.fail_after(text.trim_end().parse().map_err(|_| EINVAL)?);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@
 use super::{
     bindings,
     huge::HugeFrame,
-    inject,
+    inject::{self, Point},
     page::{Frame, PageRef, Purpose},
     protect,
 };
@@ -102,7 +102,7 @@ impl Fault {
 
     /// Allocates a frame by the policy of the mapping that faulted.
     pub(crate) fn alloc(&self, purpose: Purpose) -> Option<Frame> {
-        if inject::fails() {
+        if inject::fails(Point::Frame) {
             return None;
         }
         // SAFETY: The mapping is valid while the fault lock is held.
@@ -117,7 +117,7 @@ impl Fault {
     ///
     /// The caller holds the region lock and knows that no other page is mapped here.
     pub(crate) fn map(&self, page: PageRef<'_>, writable: bool) -> Result<Answer, NoPageTable> {
-        if inject::fails() {
+        if inject::fails(Point::PageTable) {
             return Err(NoPageTable);
         }
         // SAFETY: By the type's invariant; the page is alive.
@@ -162,7 +162,7 @@ impl Fault {
 
     /// Allocates a zeroed folio of 2 MiB by the policy of the mapping that faulted.
     pub(crate) fn alloc_huge(&self) -> Option<HugeFrame> {
-        if inject::fails() {
+        if inject::fails(Point::HugeFrame) {
             return None;
         }
         // SAFETY: The mapping is valid while the fault lock is held.
@@ -176,6 +176,9 @@ impl Fault {
     /// The caller holds the region lock, knows that [`Fault::middle`] is no table, and that no other
     /// folio is mapped here.
     pub(crate) fn map_huge(&self, frame: &HugeFrame, writable: bool) -> Answer {
+        if inject::fails(Point::PageTable) {
+            return Answer::Fallback;
+        }
         // SAFETY: By the type's invariant; the folio is alive.
         let code =
             unsafe { bindings::thinram_huge_insert(self.0.as_ptr(), frame.as_ptr(), writable) };

@@ -3,7 +3,7 @@
 //! What shared records own, frames and packed pages, and the memory that the shared index lives in.
 
 use super::{
-    inject,
+    inject::{self, Point},
     packed::Packed,
     page::{Frame, Label, PageRef},
     slots::Sharer,
@@ -312,7 +312,7 @@ pub(super) unsafe fn zeroed_box<T>() -> Result<KBox<T>, AllocError> {
 
 /// An empty page of the catalog.
 pub(crate) fn group_page() -> Result<KBox<GroupPage>, AllocError> {
-    if inject::fails() {
+    if inject::fails(Point::Index) {
         return Err(AllocError);
     }
     // SAFETY: Arrays of integers. All-zero is the empty page, as a test in logic says.
@@ -321,7 +321,7 @@ pub(crate) fn group_page() -> Result<KBox<GroupPage>, AllocError> {
 
 /// An empty page of records.
 pub(crate) fn record_page() -> Result<KBox<RecordPage>, AllocError> {
-    if inject::fails() {
+    if inject::fails(Point::Index) {
         return Err(AllocError);
     }
     // SAFETY: As above.

@@ -7,7 +7,8 @@
 //! reference to the whole.
 
 use super::{
-    bindings, inject,
+    bindings,
+    inject::{self, Point},
     page::{copy_page, PageRef, PoisonedMemory},
     protect,
     slots::SLOTS,
@@ -33,7 +34,7 @@ impl HugeFrame {
     /// Allocates a zeroed folio near `node` (negative: anywhere near), without much effort: `None`
     /// where memory is short or in pieces, or where the kernel has no such folios.
     pub(crate) fn alloc(node: i32) -> Option<HugeFrame> {
-        if inject::fails() {
+        if inject::fails(Point::HugeFrame) {
             return None;
         }
         // SAFETY: May sleep; callers hold no spinlock.

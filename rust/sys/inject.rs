@@ -1,38 +1,115 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Allocations that fail when a test says so. Each place in `sys` that allocates asks [`fails`]
-//! first; a debug build (`THINRAM_DEBUG=y`) counts down to the one that fails, any other build has
-//! the constant `false`.
+//! What fails when a test says so. Each place in `sys` that may be refused something asks [`fails`]
+//! first; a debug build (`THINRAM_DEBUG=y`) counts down to the one that fails, of a kind or of all
+//! kinds, any other build has the constant `false`.
+
+/// A kind of places that may fail.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(usize)]
+pub(crate) enum Point {
+    /// A frame of 4 KiB, charged or not.
+    Frame,
+    /// A folio of 2 MiB.
+    HugeFrame,
+    /// A page table on the way into a mapping.
+    PageTable,
+    /// The words of a region.
+    Slots,
+    /// A page of the index: hints or records.
+    Index,
+    /// A pool of zsmalloc.
+    Pool,
+    /// An object in a pool.
+    Object,
+    /// A shared page without a frame.
+    Packed,
+    /// What compression and decompression work in.
+    Scratch,
+    /// What swap writes from and reads into.
+    Buffer,
+    /// A kernel thread.
+    Thread,
+    /// A directory in sysfs.
+    Kobject,
+    /// A file in sysfs.
+    Attribute,
+}
+
+#[cfg(thinram_debug)]
+/// All of them, with the names of their switches in debugfs.
+pub(crate) const POINTS: [(Point, &kernel::str::CStr); 13] = [
+    (Point::Frame, c"fail_frame"),
+    (Point::HugeFrame, c"fail_huge_frame"),
+    (Point::PageTable, c"fail_page_table"),
+    (Point::Slots, c"fail_slots"),
+    (Point::Index, c"fail_index"),
+    (Point::Pool, c"fail_pool"),
+    (Point::Object, c"fail_object"),
+    (Point::Packed, c"fail_packed"),
+    (Point::Scratch, c"fail_scratch"),
+    (Point::Buffer, c"fail_buffer"),
+    (Point::Thread, c"fail_thread"),
+    (Point::Kobject, c"fail_kobject"),
+    (Point::Attribute, c"fail_attribute"),
+];
 
 #[cfg(not(thinram_debug))]
 #[inline(always)]
-pub(crate) const fn fails() -> bool {
+pub(crate) const fn fails(_point: Point) -> bool {
     false
 }
 
 #[cfg(thinram_debug)]
-pub(crate) use counted::{fail_after, fails, left};
+pub(crate) use counted::{fails, Countdown};
 
 #[cfg(thinram_debug)]
 mod counted {
+    use super::{Point, POINTS};
     use core::sync::atomic::{AtomicU64, Ordering};
 
-    /// Allocations until the one that fails, that one included; 0: none fails.
-    static LEFT: AtomicU64 = AtomicU64::new(0);
+    /// For each kind, and last for all of them: how many it still is until one fails, that one
+    /// included; 0: none fails.
+    static LEFT: [AtomicU64; POINTS.len() + 1] = [const { AtomicU64::new(0) }; POINTS.len() + 1];
 
-    /// Lets the `nth` allocation from now on fail, and none after it; 0: none at all.
-    pub(crate) fn fail_after(nth: u64) {
-        LEFT.store(nth, Ordering::Relaxed);
+    /// The countdown of one kind, or of any.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Countdown(Option<Point>);
+
+    impl Countdown {
+        /// That of `point`; of any kind for `None`.
+        pub(crate) const fn of(point: Option<Point>) -> Countdown {
+            Countdown(point)
+        }
+
+        fn left_word(self) -> &'static AtomicU64 {
+            let [points @ .., any] = &LEFT;
+            self.0
+                .and_then(|point| points.get(point as usize))
+                .unwrap_or(any)
+        }
+
+        /// Lets the `nth` from now on fail, and none after it; 0: none at all.
+        pub(crate) fn fail_after(self, nth: u64) {
+            self.left_word().store(nth, Ordering::Relaxed);
+        }
+
+        /// How many it still is to the one that fails; 0 after it failed.
+        pub(crate) fn left(self) -> u64 {
+            self.left_word().load(Ordering::Relaxed)
+        }
+
+        fn is_over(self) -> bool {
+            let relaxed = Ordering::Relaxed;
+            self.left_word()
+                .fetch_update(relaxed, relaxed, |left| left.checked_sub(1))
+                == Ok(1)
+        }
     }
 
-    /// How many it still is to the one that fails; 0 after it failed.
-    pub(crate) fn left() -> u64 {
-        LEFT.load(Ordering::Relaxed)
-    }
-
-    /// Whether this allocation is the one.
-    pub(crate) fn fails() -> bool {
-        let count_down = |left: u64| left.checked_sub(1);
-        LEFT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count_down) == Ok(1)
+    /// Whether this one is to fail.
+    pub(crate) fn fails(point: Point) -> bool {
+        let own = Countdown::of(Some(point)).is_over();
+        Countdown::of(None).is_over() || own
     }
 }

@@ -2,7 +2,10 @@
 
 //! Directories in sysfs that stand for an object of ours.
 
-use super::bindings;
+use super::{
+    bindings,
+    inject::{self, Point},
+};
 use core::{mem::ManuallyDrop, ptr::NonNull};
 use kernel::{
     error::to_result,
@@ -105,6 +108,9 @@ impl<T: Attributes> Directory<T> {
         name: &[u8],
         data: Arc<T>,
     ) -> Result<Directory<T>> {
+        if inject::fails(Point::Kobject) {
+            return Err(ENOMEM);
+        }
         let name = terminated(name)?;
         let raw = Arc::as_ptr(&data).cast();
         let node = KBox::pin_init(
@@ -136,6 +142,9 @@ impl<T: Attributes> Directory<T> {
             bindings::thinram_kobject_add(directory.kobj(), parent, name.as_char_ptr())
         })?;
         for attribute in T::table() {
+            if inject::fails(Point::Attribute) {
+                return Err(ENOMEM);
+            }
             // SAFETY: The kobject was added; the attribute is static.
             to_result(unsafe {
                 bindings::sysfs_create_file_ns(

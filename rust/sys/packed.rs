@@ -6,7 +6,8 @@
 //! found by its content all the same. 32 bytes; a record names one by its physical address.
 
 use super::{
-    bindings, inject,
+    bindings,
+    inject::{self, Point},
     page::{Frame, Label},
     zs::{Corrupt, NoRoom, Object, Scratch, Store},
 };
@@ -85,7 +86,7 @@ impl Packed {
     }
 
     fn boxed(packed: Packed) -> Result<KBox<Packed>, NoRoom> {
-        if inject::fails() {
+        if inject::fails(Point::Packed) {
             return Err(NoRoom::Memory);
         }
         let packed = KBox::new(packed, GFP_NOWAIT | __GFP_NOWARN).map_err(|_| NoRoom::Memory)?;

@@ -6,7 +6,11 @@
 //! maps it. Freezing takes the count from exactly one to zero: it succeeds only when nobody else, no
 //! mapping, no pin and no reader, holds the page, and nobody can get hold of it until it is unfrozen.
 
-use super::{bindings, inject, protect};
+use super::{
+    bindings,
+    inject::{self, Point},
+    protect,
+};
 use core::{marker::PhantomData, ptr::NonNull};
 use kernel::{ffi::c_void, page::PAGE_SIZE};
 
@@ -52,7 +56,7 @@ unsafe impl Sync for Frame {}
 impl Frame {
     /// Allocates a page near `node` (negative: anywhere near).
     pub(crate) fn alloc(purpose: Purpose, node: i32) -> Option<Frame> {
-        if inject::fails() {
+        if inject::fails(Point::Frame) {
             return None;
         }
         // SAFETY: May sleep; callers hold no spinlock.

@@ -7,7 +7,7 @@
 //! [`Content`] is that ownership as a value, so that no frame is dropped or doubled by accident.
 
 use super::{
-    inject,
+    inject::{self, Point},
     page::{Frame, PageRef},
     protect,
     zs::{Corrupt, NoRoom, Object, Scratch, Store},
@@ -75,7 +75,7 @@ pub(crate) struct SlotWords {
 impl SlotWords {
     /// 512 empty slots, whose compressed pages go to `store`, and the key to them.
     pub(crate) fn new(store: Arc<Store>) -> Result<(SlotWords, SlotKey)> {
-        if inject::fails() {
+        if inject::fails(Point::Slots) {
             return Err(ENOMEM);
         }
         // SAFETY: Atomic integers; zero is an empty slot.

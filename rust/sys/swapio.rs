@@ -3,7 +3,10 @@
 //! Files to swap to: a directory that somebody chose, nameless files in it, and direct I/O on them
 //! in whole clusters.
 
-use super::{bindings, inject};
+use super::{
+    bindings,
+    inject::{self, Point},
+};
 use crate::logic::clusters::CLUSTER_BYTES;
 use core::ptr::NonNull;
 use kernel::{
@@ -35,7 +38,7 @@ impl Buffer {
 
     /// A buffer of zeroes.
     pub(crate) fn new() -> Result<UniqueArc<Buffer>, AllocError> {
-        if inject::fails() {
+        if inject::fails(Point::Buffer) {
             return Err(AllocError);
         }
         let buffer = UniqueArc::<Buffer>::new_uninit(GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN)?;

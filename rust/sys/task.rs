@@ -2,7 +2,10 @@
 
 //! The running task, and kernel threads.
 
-use super::bindings;
+use super::{
+    bindings,
+    inject::{self, Point},
+};
 use core::ptr::NonNull;
 use kernel::{
     error::from_err_ptr,
@@ -81,6 +84,9 @@ unsafe impl<W: Work> Sync for Thread<W> {}
 impl<W: Work> Thread<W> {
     /// Starts a thread called `name`.
     pub(crate) fn start(name: &CStr, work: Arc<W>) -> Result<Thread<W>> {
+        if inject::fails(Point::Thread) {
+            return Err(ENOMEM);
+        }
         let data = work.clone().into_raw();
         // SAFETY: `entry` takes `data` over as the Arc it is; the name is copied.
         let task = from_err_ptr(unsafe {

@@ -4,6 +4,7 @@
 
 use super::{
     bindings,
+    inject::{self, Point},
     page::{Frame, PageRef},
 };
 use crate::logic::slot::Slot;
@@ -30,6 +31,9 @@ pub(crate) struct Compressor {
 impl Compressor {
     /// Allocates it.
     pub(crate) fn new() -> Result<Compressor> {
+        if inject::fails(Point::Scratch) {
+            return Err(ENOMEM);
+        }
         // SAFETY: Arrays of bytes, which LZ4 writes before it reads them.
         unsafe {
             Ok(Compressor {
@@ -86,6 +90,9 @@ pub(crate) struct Scratch(KBox<[u8; PAGE_SIZE]>);
 impl Scratch {
     /// Allocates it; `None` without memory.
     pub(crate) fn new() -> Option<Scratch> {
+        if inject::fails(Point::Scratch) {
+            return None;
+        }
         let scratch = KBox::new_uninit(GFP_KERNEL | __GFP_NOWARN).ok()?;
         // SAFETY: An array of bytes, which is written before it is read.
         Some(Scratch(unsafe { scratch.assume_init() }))
@@ -203,6 +210,9 @@ impl Store {
         if self.pool.as_ref().is_some() {
             return Ok(());
         }
+        if inject::fails(Point::Pool) {
+            return Err(ENOMEM);
+        }
         // SAFETY: The name is copied.
         let pool = unsafe { bindings::zs_create_pool(c"thinram".as_char_ptr()) };
         let pool = Pool(NonNull::new(pool).ok_or(ENOMEM)?);
@@ -236,6 +246,9 @@ impl Store {
     pub(super) fn put(&self, bytes: &[u8], node: i32, max_pages: u64) -> Result<Object, NoRoom> {
         let pool = self.pool.as_ref().ok_or(NoRoom::Memory)?.0.as_ptr();
         let len = u16::try_from(bytes.len()).map_err(|_| NoRoom::Memory)?;
+        if inject::fails(Point::Object) {
+            return Err(NoRoom::Memory);
+        }
         // SAFETY: The pool is alive; the flags are a constant of helpers.c.
         let handle =
             unsafe { bindings::zs_malloc(pool, bytes.len(), bindings::thinram_gfp_pool, node) };

@@ -132,7 +132,7 @@ fn until_vm(
 }
 
 /// Compresses all that can be of `guest`.
-fn squeeze(ctx: &Ctx, guest: &Guest, pages: u64) -> Result<()> {
+pub fn squeeze(ctx: &Ctx, guest: &Guest, pages: u64) -> Result<()> {
     force(ctx, "hard")?;
     until_vm(ctx, guest, "compressed_kb", "is all", |kb| kb == 4 * pages)?;
     force(ctx, "none")

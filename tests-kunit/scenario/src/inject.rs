@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Debug builds only: allocations that fail one after the other, and an index that cannot grow.
+//! Debug builds only: whatever can fail does so, one after the other; and an index that cannot grow.
 
 use std::fs;
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
 
-use crate::check::{bytes_are, eq, page_is, skip, that, Code};
-use crate::content::{self, pages_bytes};
-use crate::ctx::{Ctx, Guest, Mount};
+use crate::check::{eq, page_is, skip, that, Code};
+use crate::content;
+use crate::ctx::Ctx;
 use crate::harness::Case;
 use crate::huge::{self, LARGE, LARGE_KB};
+use crate::operations::{merged, Before, Operation, Pair, OPERATIONS};
 use crate::sharing::SOON;
 use crate::sys::{self, PAGE};
 
@@ -27,9 +26,10 @@ pub const CASES: &[Case] = &[
     ),
     Case::thinram(
         "debug/fail-allocation",
-        "each allocation of each operation fails once: nothing is lost",
+        "whatever the module asks for in each operation fails once: nothing is lost",
         fail_allocation,
-    ),
+    )
+    .span(60.0),
     Case::thinram(
         "debug/no-large",
         "no 2 MiB in one piece: 4 KiB, and 2 MiB the next time",
@@ -146,153 +146,8 @@ fn lost_hint(ctx: &Ctx) -> Result<()> {
     Ok(())
 }
 
-const PAGES: usize = 8;
-
-/// What each operation works on: `a` and `b` hold the same pages.
-struct Pair<'a> {
-    ctx: &'a Ctx,
-    mount: Mount<'a>,
-    a: Guest,
-    b: Guest,
-}
-
-/// An operation that allocates.
-struct Operation {
-    name: &'static str,
-    /// It works on pages that were merged, else on pages that nobody touched.
-    merged: bool,
-    /// Carries it out. What it may refuse comes back as an error of the inner result.
-    run: fn(&Pair<'_>) -> Result<io::Result<()>>,
-    /// What all pages of `a` hold afterwards; what `b` holds is what it held.
-    done: fn() -> Vec<u8>,
-}
-
-fn merged() -> Vec<u8> {
-    pages_bytes(1, PAGES)
-}
-
-fn zeroes() -> Vec<u8> {
-    vec![0; PAGES * PAGE]
-}
-
-fn rewritten() -> Vec<u8> {
-    pages_bytes(900, PAGES)
-}
-
-fn cut() -> Vec<u8> {
-    let mut bytes = merged();
-    bytes[100..3 * PAGE + 200].fill(0);
-    bytes
-}
-
-fn set(pair: &Pair<'_>, name: &str, value: &str) -> Result<io::Result<()>> {
-    Ok(pair.ctx.sys().try_set(name, value.as_bytes()))
-}
-
-fn set_vm(pair: &Pair<'_>, name: &str, value: &str) -> Result<io::Result<()>> {
-    Ok(pair.a.sysfs(pair.ctx).try_set(name, value.as_bytes()))
-}
-
-const OPERATIONS: &[Operation] = &[
-    Operation {
-        name: "read faults",
-        merged: false,
-        run: |pair| pair.a.is_zero(0, PAGES).map(Ok),
-        done: zeroes,
-    },
-    Operation {
-        name: "write faults",
-        merged: false,
-        run: |pair| {
-            pair.a.fill(0, PAGES, 900);
-            Ok(Ok(()))
-        },
-        done: rewritten,
-    },
-    Operation {
-        name: "write faults on shared pages",
-        merged: true,
-        run: |pair| {
-            pair.a.fill(0, PAGES, 900);
-            Ok(Ok(()))
-        },
-        done: rewritten,
-    },
-    Operation {
-        name: "write(2)",
-        merged: false,
-        run: |pair| Ok(pair.a.file.write_all_at(&rewritten(), 0)),
-        done: rewritten,
-    },
-    Operation {
-        name: "write(2) to shared pages",
-        merged: true,
-        run: |pair| Ok(pair.a.file.write_all_at(&rewritten(), 0)),
-        done: rewritten,
-    },
-    Operation {
-        name: "read(2)",
-        merged: true,
-        run: |pair| Ok(pair.a.file.read_exact_at(&mut merged(), 0)),
-        done: merged,
-    },
-    Operation {
-        name: "fallocate",
-        merged: false,
-        run: |pair| {
-            let len = (PAGES * PAGE) as i64;
-            Ok(sys::fallocate(&pair.a.file, 0, 0, len).map_err(io::Error::from))
-        },
-        done: zeroes,
-    },
-    Operation {
-        name: "a hole that begins and ends in shared pages",
-        merged: true,
-        run: |pair| {
-            let len = 3 * PAGE as u64 + 100;
-            Ok(sys::punch(&pair.a.file, 100, len).map_err(io::Error::from))
-        },
-        done: cut,
-    },
-    Operation {
-        name: "merge",
-        merged: false,
-        run: |pair| {
-            pair.a.fill(0, PAGES, 1);
-            pair.ctx.sys().flat_out()?;
-            pair.ctx.until_is("pages_sharing", PAGES as u64, SOON)?;
-            Ok(Ok(()))
-        },
-        done: merged,
-    },
-    Operation {
-        name: "run 2",
-        merged: true,
-        run: |pair| set(pair, "run", "2"),
-        done: merged,
-    },
-    Operation {
-        name: "share_scope vm",
-        merged: true,
-        run: |pair| set(pair, "share_scope", "vm"),
-        done: merged,
-    },
-    Operation {
-        name: "another domain",
-        merged: true,
-        run: |pair| set_vm(pair, "domain", "other"),
-        done: merged,
-    },
-    Operation {
-        name: "share 0",
-        merged: true,
-        run: |pair| set_vm(pair, "share", "0"),
-        done: merged,
-    },
-];
-
-/// More allocations than any of the operations makes.
-const MOST: u64 = 200;
+/// More failures than any of the operations comes to.
+const MOST: u64 = 2000;
 
 fn fail_allocation(ctx: &Ctx) -> Result<()> {
     let countdown = Switch::new(ctx, "fail_allocation")?;
@@ -301,13 +156,13 @@ fn fail_allocation(ctx: &Ctx) -> Result<()> {
         let mut nth = 1;
         // Until it is over before the one that would fail.
         while try_once(ctx, operation, &countdown, nth, &mut refused)
-            .with_context(|| format!("{}, allocation {nth} fails", operation.name))?
+            .with_context(|| format!("{}, failure {nth}", operation.name))?
         {
             nth += 1;
-            ensure!(nth < MOST, "{}: no end of allocations", operation.name);
+            ensure!(nth < MOST, "{}: no end of failures", operation.name);
         }
         println!(
-            "{}: {} allocations, {refused} refusals",
+            "{}: {} failures, {refused} refusals",
             operation.name,
             nth - 1
         );
@@ -319,7 +174,7 @@ fn fail_allocation(ctx: &Ctx) -> Result<()> {
     Ok(())
 }
 
-/// Lets the `nth` allocation of the operation fail; false if it made fewer.
+/// Lets the `nth` request of the operation fail; false if it made fewer.
 fn try_once(
     ctx: &Ctx,
     operation: &Operation,
@@ -327,30 +182,21 @@ fn try_once(
     nth: u64,
     refused: &mut u64,
 ) -> Result<bool> {
-    let mount = ctx.mount("m", "size=16M,domain=lab")?;
-    let (a, b) = (mount.guest("a", PAGES)?, mount.guest("b", PAGES)?);
-    b.fill(0, PAGES, 1);
+    let pair = Pair::new(ctx, operation.before)?;
     let sys = ctx.sys();
-    if operation.merged {
-        a.fill(0, PAGES, 1);
-        sys.flat_out()?;
-        ctx.until_is("pages_sharing", PAGES as u64, SOON)?;
-        sys.set("run", 0)?;
-    }
     let sharing = sys.get("pages_sharing")?;
-    let pair = Pair { ctx, mount, a, b };
     countdown.set(nth)?;
-    let done = (operation.run)(&pair)?;
+    let done = (operation.run)(&pair);
     let failed = countdown.get()? == 0;
     countdown.set(0)?;
-    match done {
+    match done? {
         Ok(()) => {}
         Err(e) if failed && [Errno::ENOMEM, Errno::ENOSPC].contains(&e.code()) => {
             *refused += 1;
             // A knob that is refused has changed nothing.
-            if operation.merged && (operation.done)() == merged() {
+            if operation.before == Before::Merged && (operation.done)() == merged() {
                 eq("pages_sharing", sys.get("pages_sharing")?, sharing)?;
-                intact(&pair, &merged())?;
+                pair.intact(&merged())?;
             }
             match (operation.run)(&pair)? {
                 Ok(()) => {}
@@ -359,7 +205,7 @@ fn try_once(
         }
         Err(e) => bail!("it is refused with {e}"),
     }
-    intact(&pair, &(operation.done)())?;
+    pair.intact(&(operation.done)())?;
     // As every case begins.
     sys.set("run", 0)?;
     sys.set("share_scope", "domain")?;
@@ -371,28 +217,4 @@ fn try_once(
         Ok((left.is_empty(), format!("{left:?}")))
     })?;
     Ok(failed)
-}
-
-/// `a` holds `expected`, by its mapping and its file; `b` what it always held; sums are right.
-fn intact(pair: &Pair<'_>, expected: &[u8]) -> Result<()> {
-    let mut seen = vec![0; PAGES * PAGE];
-    pair.a.file.read_exact_at(&mut seen, 0)?;
-    bytes_are("a by read(2)", &seen, expected)?;
-    for page in 0..PAGES {
-        let of_page = &expected[page * PAGE..(page + 1) * PAGE];
-        let words: Vec<u64> = of_page
-            .chunks_exact(8)
-            .map(|word| word.try_into().map(u64::from_ne_bytes))
-            .collect::<Result<_, _>>()?;
-        let wanted = words
-            .as_slice()
-            .try_into()
-            .context("a page's worth of words")?;
-        page_is("a by its mapping", &pair.a.map.read_page(page), wanted)?;
-    }
-    pair.b.holds(0, PAGES, 1)?;
-    for vm in [&pair.a, &pair.b] {
-        vm.sysfs(pair.ctx).stat()?.check_sum()?;
-    }
-    Ok(())
 }

@@ -23,6 +23,7 @@ mod mounts;
 mod names;
 mod nodes;
 mod noticed;
+mod operations;
 mod peers;
 mod prove;
 mod selftest;
