@@ -451,8 +451,12 @@ pub fn uml(k: &Kernel, kind: Uml) -> Result<PathBuf> {
     if built.exists() {
         say(format!("User-Mode Linux ({name}): build"));
     } else {
+        let minutes = match kind {
+            Uml::Kasan => "20",
+            _ => "7",
+        };
         say(format!(
-            "User-Mode Linux ({name}): build (7 min the first time)"
+            "User-Mode Linux ({name}): build (about {minutes} min the first time)"
         ));
     }
     run(&log, make().arg("linux"))?;
