@@ -74,6 +74,11 @@ pub const CASES: &[Case] = &[
         pinned,
     ),
     Case::thinram(
+        "contend/held",
+        "what is written to it meanwhile is in the pipe too",
+        held,
+    ),
+    Case::thinram(
         "contend/idle-host",
         "a host that is not short compresses nothing",
         idle_host,
@@ -512,6 +517,26 @@ fn pinned(ctx: &Ctx) -> Result<()> {
     drop((from, to));
     until_vm(ctx, &guest, "compressed_kb", "is all", |kb| kb == 256)?;
     guest.holds(0, 64, 1)
+}
+
+fn held(ctx: &Ctx) -> Result<()> {
+    const PAGES: u64 = 64;
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let guest = filled(&mount, "web", PAGES as usize, 1)?;
+    let vm = guest.sysfs(ctx);
+    vm.set("compress_max_percent", 100)?;
+    let refused = "compressions_refused_pinned";
+    let before = ctx.sys().get(refused)?;
+    guest.held_shows_writes(10, || {
+        force(ctx, "hard")?;
+        ctx.until("all pages were tried", SOON, || {
+            let (packed, refused) = (vm.get("compressions")?, ctx.sys().get(refused)? - before);
+            let all = packed + u64::from(refused > 0) >= PAGES;
+            Ok((all, format!("{packed} packed, {refused} refused")))
+        })
+    })?;
+    guest.holds(0, 10, 1)?;
+    guest.holds(11, PAGES as usize, 1)
 }
 
 fn idle_host(ctx: &Ctx) -> Result<()> {

@@ -15,7 +15,7 @@ use nix::mount::{mount, umount, umount2, MntFlags, MsFlags};
 
 use crate::check::{self, skip};
 use crate::content;
-use crate::sys::{Map, PAGE, RW};
+use crate::sys::{self, Map, PAGE, RW};
 use crate::sysfs::{Sys, Vm};
 
 /// The file system under test.
@@ -383,6 +383,26 @@ impl Guest {
             check::page_is(what, &self.map.read_page(page), &[0; crate::sys::WORDS])?;
         }
         Ok(())
+    }
+
+    /// A page of it goes into a pipe and is written to after what happens `meanwhile`: the pipe has to
+    /// show that.
+    pub fn held_shows_writes(
+        &self,
+        page: usize,
+        meanwhile: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        const SEED: u64 = 987_654;
+        let (reader, writer) = nix::unistd::pipe()?;
+        let put = sys::vmsplice(&writer, &self.map, page * PAGE, PAGE)?;
+        check::eq("bytes in the pipe", put, PAGE)?;
+        meanwhile()?;
+        self.map.write_page(page, &content::page(SEED));
+        let mut seen = vec![0; PAGE];
+        let got = nix::unistd::read(&reader, &mut seen)?;
+        check::eq("bytes from the pipe", got, PAGE)?;
+        let expected = content::page_bytes(SEED);
+        check::bytes_are("what the pipe held", &seen, &expected)
     }
 
     /// Its sysfs directory.

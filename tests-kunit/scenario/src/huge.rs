@@ -1365,26 +1365,6 @@ fn collapse_refused(ctx: &Ctx) -> Result<()> {
     late.holds(0, LARGE, 1)
 }
 
-/// A page of `guest` in a pipe, and then written to: the pipe has to show that.
-fn held_shows_writes(guest: &Guest, page: usize, meanwhile: impl Fn() -> Result<()>) -> Result<()> {
-    let (reader, writer) = nix::unistd::pipe()?;
-    eq(
-        "bytes in the pipe",
-        sys::vmsplice(&writer, &guest.map, page * PAGE, PAGE)?,
-        PAGE,
-    )?;
-    meanwhile()?;
-    guest.map.write_page(page, &content::page(987_654));
-    let mut seen = vec![0; PAGE];
-    eq(
-        "bytes from the pipe",
-        nix::unistd::read(&reader, &mut seen)?,
-        PAGE,
-    )?;
-    let expected = content::page_bytes(987_654);
-    bytes_are("what the pipe held", &seen, &expected)
-}
-
 /// Waits until one of two counters has grown.
 fn until_one_grows(ctx: &Ctx, names: [&str; 2]) -> Result<()> {
     let sum = || -> Result<u64> { Ok(ctx.sys().get(names[0])? + ctx.sys().get(names[1])?) };
@@ -1400,7 +1380,7 @@ fn split_held(ctx: &Ctx) -> Result<()> {
     guest.fill(0, LARGE / 2, 1);
     ctx.sys().flat_out()?;
     ctx.passes(2)?;
-    held_shows_writes(&guest, 9, || {
+    guest.held_shows_writes(9, || {
         force(ctx, "clear")?;
         until_one_grows(ctx, ["splits", "splits_refused_pinned"])
     })?;
@@ -1412,7 +1392,7 @@ fn collapse_held(ctx: &Ctx) -> Result<()> {
     always(ctx)?;
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = small(ctx, &mount, "web", 1)?;
-    held_shows_writes(&guest, 9, || {
+    guest.held_shows_writes(9, || {
         ctx.sys().set("collapse_per_sec", 1000)?;
         until_one_grows(ctx, ["collapses", "collapses_refused_pinned"])
     })?;
