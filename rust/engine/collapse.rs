@@ -17,7 +17,8 @@
 //! One region at a time: zap all of it; freeze each page in turn with the one reference that we hold,
 //! and copy it to its place in a fresh folio; put the folio into the region, free the pages. While the
 //! region is locked nothing can map a page that was zapped, so what was frozen once stays as it is.
-//! Whatever fails leaves the region as it was.
+//! Whatever fails leaves the region as it was, but out of the page tables: it counts as cold until it
+//! is touched again.
 //!
 //! Page tables are left over from the small pages: the next fault takes the empty table away
 //! (`fault`), and the one after that maps 2 MiB.
