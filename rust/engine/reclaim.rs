@@ -206,12 +206,9 @@ impl Worker {
     /// in use are taken only if that `must` be. True when it has to wait for the swap file.
     fn sweep(&mut self, host: &Host, vm: &Vm, wanted: u64, must: bool) -> bool {
         let mut clock = vm.clock();
-        if self.scratch.is_none() {
-            self.scratch = Scratch::new();
-        }
         let (Some(compressor), Some(scratch), Ok(())) = (
-            made(&mut self.compressor),
-            &mut self.scratch,
+            made(&mut self.compressor, || Compressor::new().ok()),
+            made(&mut self.scratch, Scratch::new),
             vm.store().open(),
         ) else {
             clock.rest_until_us = clock::now_us().saturating_add(STUCK_US);
@@ -232,7 +229,7 @@ impl Worker {
                 Beyond::Nothing
             },
         };
-        let mut busy = false;
+        let mut waits = false;
         while taking.left > 0 && !taking.full && !task::should_stop() {
             if clock.region >= host.registry().end() {
                 break;
@@ -243,26 +240,25 @@ impl Worker {
             }
             if swaps && (taking.full || taking.needs_swap) {
                 match taking.make_way(vm, &mut clock, scratch) {
-                    Ready::Now => continue,
-                    Ready::Soon => busy = true,
-                    Ready::No => taking.beyond = Beyond::Nothing,
-                }
-                taking.needs_swap = false;
-                if busy {
-                    break;
+                    Ready::Now => {}
+                    Ready::Soon => {
+                        waits = true;
+                        break;
+                    }
+                    Ready::No => {
+                        taking.beyond = Beyond::Nothing;
+                        taking.needs_swap = false;
+                    }
                 }
             }
         }
-        if busy {
-            clock.freed = clock
-                .freed
-                .saturating_add(wanted.saturating_sub(taking.left));
+        let taken = wanted.saturating_sub(taking.left);
+        clock.freed = clock.freed.saturating_add(taken);
+        if waits {
             vm.set_clock(clock);
             vm.relieve_waiters();
             return true;
         }
-        let taken = wanted.saturating_sub(taking.left);
-        clock.freed = clock.freed.saturating_add(taken);
         let (full, ended) = (taking.full, taking.left > 0 && !task::should_stop());
         let mut in_vain = ended && clock.freed == 0 && clock.barren >= GENTLE_SWEEPS;
         let mut moved = 0;
@@ -305,7 +301,7 @@ impl Worker {
 
     /// Takes shared pages that no sharer uses, of all VMs.
     fn take_shared(&mut self, host: &Host, vms: &[Arc<Vm>], wanted: u64) -> cold::Step {
-        match made(&mut self.compressor) {
+        match made(&mut self.compressor, || Compressor::new().ok()) {
             Some(compressor) => self.hand.step(host, vms, compressor, wanted),
             None => cold::Step::Resting,
         }
@@ -319,15 +315,12 @@ impl Worker {
         if host.shared_pools.is_empty() {
             return Next::Idle;
         }
-        if self.scratch.is_none() {
-            self.scratch = Scratch::new();
-        }
-        match &mut self.scratch {
-            Some(scratch) => match self.hand.enforce_caps(host, vms, scratch) {
-                cold::Step::Busy => Next::Again,
-                cold::Step::Resting => Next::Idle,
-            },
-            None => Next::Soon,
+        let Some(scratch) = made(&mut self.scratch, Scratch::new) else {
+            return Next::Soon;
+        };
+        match self.hand.enforce_caps(host, vms, scratch) {
+            cold::Step::Busy => Next::Again,
+            cold::Step::Resting => Next::Idle,
         }
     }
 
@@ -339,10 +332,7 @@ impl Worker {
             return Next::Idle;
         }
         vm.store().compact();
-        if self.scratch.is_none() {
-            self.scratch = Scratch::new();
-        }
-        let Some(scratch) = &mut self.scratch else {
+        let Some(scratch) = made(&mut self.scratch, Scratch::new) else {
             return Next::Soon;
         };
         if vm.swap().is_on(&host.swap) {
@@ -380,12 +370,12 @@ impl Worker {
     }
 }
 
-/// What to compress with, made when it is first needed.
-fn made(compressor: &mut Option<Compressor>) -> Option<&mut Compressor> {
-    if compressor.is_none() {
-        *compressor = Compressor::new().ok();
+/// What to work with, made when it is first needed.
+fn made<T>(tool: &mut Option<T>, make: impl FnOnce() -> Option<T>) -> Option<&mut T> {
+    if tool.is_none() {
+        *tool = make();
     }
-    compressor.as_mut()
+    tool.as_mut()
 }
 
 impl Clock {
@@ -472,9 +462,7 @@ impl Taking<'_> {
             }
         }
     }
-}
 
-impl Taking<'_> {
     /// Makes room where a page could not go.
     fn make_way(&mut self, vm: &Vm, clock: &mut Clock, scratch: &mut Scratch) -> Ready {
         let cap = vm.pool_cap_pages(&self.host.knobs);
