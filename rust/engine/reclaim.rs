@@ -19,7 +19,6 @@ use super::{
     host::Host,
     region::{Region, RegionGuard},
     sample::Sampler,
-    swap::bring_frame,
     vm::{Clock, Vm},
     volume::Ready,
 };
@@ -579,7 +578,7 @@ fn bring_back(
             continue;
         }
         if spare.is_none() {
-            *spare = bring_frame(region);
+            *spare = region.returned_frame();
         }
         let Some(frame) = spare.take() else {
             return false;

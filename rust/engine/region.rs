@@ -17,7 +17,7 @@ use crate::{
     sys::{
         huge::HugeFrame,
         mapping::Mapping,
-        page::{Frame, PageRef},
+        page::{Frame, PageRef, Purpose},
         slots::{Content, SlotKey, SlotWords, SLOTS},
         zs::{Corrupt, NoRoom, Scratch},
     },
@@ -112,6 +112,11 @@ impl Region {
     /// The node that its frames should lie on, -1 for any.
     pub(crate) fn node(&self) -> i32 {
         self.node.load(Ordering::Relaxed)
+    }
+
+    /// A frame for a page that comes back to this region, at the expense of its VM, on its node.
+    pub(crate) fn returned_frame(&self) -> Option<Frame> {
+        (self.vm).pays(|| Frame::alloc(Purpose::Returned, self.node()))
     }
 
     /// Notes where the policy of a faulting process put a frame; the first one counts.

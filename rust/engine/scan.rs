@@ -330,7 +330,7 @@ impl Walk {
             return true;
         }
         if !self.has_own(vm) {
-            let own = vm.pays(|| Frame::alloc(Purpose::Returned, region.node()));
+            let own = region.returned_frame();
             self.own = own.map(|own| (vm.id(), own));
         }
         if self.own.is_none() {

@@ -152,9 +152,7 @@ impl Supply<'_> {
         let mut own = KVec::new();
         let needed = SLOTS.saturating_sub(usize::from(gain_of(region).zeroes));
         while own.len() < needed {
-            let frame = region
-                .vm()
-                .pays(|| Frame::alloc(Purpose::Returned, region.node()));
+            let frame = region.returned_frame();
             if frame.is_none_or(|frame| own.push(frame, GFP_KERNEL).is_err()) {
                 break;
             }

@@ -6,13 +6,13 @@
 
 use super::{
     host::Host,
-    region::{Region, RegionGuard},
+    region::RegionGuard,
     volume::{Fetched, Swap},
 };
 use crate::{
     logic::clusters::Place,
     sys::{
-        page::{Frame, Purpose},
+        page::Frame,
         slots::Content,
         zs::{self, Scratch},
     },
@@ -142,11 +142,4 @@ pub(super) fn bring_back(
         }
         Err(NotIn::Lost) => Back::Lost,
     }
-}
-
-/// A frame for a page that comes back, at the expense of its VM.
-pub(super) fn bring_frame(region: &Region) -> Option<Frame> {
-    region
-        .vm()
-        .pays(|| Frame::alloc(Purpose::Returned, region.node()))
 }

@@ -8,7 +8,7 @@
 use super::{
     host::Host,
     region::Region,
-    swap::{self, bring_frame, Back},
+    swap::{self, Back},
     vm::Vm,
     volume::{Ask, Sealed, Swap, SwapWork, Table, Volume, FREE_LOW},
 };
@@ -442,7 +442,7 @@ fn bring_one(
             }
             Back::NeedsFrame => {
                 drop(guard);
-                *spare = bring_frame(region);
+                *spare = region.returned_frame();
                 if spare.is_none() {
                     return false;
                 }
