@@ -19,7 +19,9 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
+#include <linux/shrinker.h>
 #include <linux/siphash.h>
+#include <linux/swap.h>
 #include <linux/xxhash.h>
 #include <asm/pgalloc.h>
 #ifdef CONFIG_TRANSPARENT_HUGEPAGE
@@ -37,8 +39,12 @@ const gfp_t thinram_gfp_returned =
 const gfp_t thinram_gfp_shared = GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOWARN;
 const gfp_t thinram_gfp_awaited = GFP_HIGHUSER | __GFP_NOWARN;
 
-/* Objects of a pool can move, and nobody waits for memory to compress a page. */
-const gfp_t thinram_gfp_pool = GFP_NOWAIT | __GFP_NOWARN | __GFP_HIGHMEM | __GFP_MOVABLE;
+/*
+ * Objects of a pool can move, nobody waits for memory to compress a page, and reclaim that asks for
+ * it does not drain the reserves.
+ */
+const gfp_t thinram_gfp_pool = GFP_NOWAIT | __GFP_NOWARN | __GFP_NOMEMALLOC | __GFP_HIGHMEM |
+			       __GFP_MOVABLE;
 
 static_assert(LZ4_MEM_COMPRESS == THINRAM_LZ4_WORK);
 
@@ -703,6 +709,35 @@ int thinram_register_fs(void)
 void thinram_unregister_fs(void)
 {
 	unregister_filesystem(&thinram_fs_type);
+}
+
+/* The shrinker. */
+static unsigned long thinram_shrinker_count(struct shrinker *shrinker, struct shrink_control *sc)
+{
+	return thinram_rs_shrinker_count(shrinker->private_data);
+}
+
+static unsigned long thinram_shrinker_scan(struct shrinker *shrinker, struct shrink_control *sc)
+{
+	return thinram_rs_shrinker_scan(shrinker->private_data, sc->nr_to_scan);
+}
+
+struct shrinker *thinram_shrinker_register(void *data)
+{
+	struct shrinker *shrinker = shrinker_alloc(0, "thinram");
+
+	if (!shrinker)
+		return NULL;
+	shrinker->count_objects = thinram_shrinker_count;
+	shrinker->scan_objects = thinram_shrinker_scan;
+	shrinker->private_data = data;
+	shrinker_register(shrinker);
+	return shrinker;
+}
+
+void thinram_account_reclaimed(unsigned long pages)
+{
+	mm_account_reclaimed_pages(pages);
 }
 
 /* sysfs. */

@@ -132,6 +132,8 @@ void thinram_statfs_set(struct kstatfs *buf, u64 blocks, u64 free);
 void thinram_sb_option(struct seq_file *m, const char *name, const char *value);
 struct kobject *thinram_fs_kobj(void);
 int thinram_kobject_add(struct kobject *kobj, struct kobject *parent, const char *name);
+struct shrinker *thinram_shrinker_register(void *data);
+void thinram_account_reclaimed(unsigned long pages);
 
 /* Rust for C: rust/glue/fs.rs */
 int thinram_rs_init_fs_context(struct fs_context *fc);
@@ -171,6 +173,10 @@ void thinram_rs_open(struct vm_area_struct *vma);
 void thinram_rs_close(struct vm_area_struct *vma);
 int thinram_rs_mapped(unsigned long start, unsigned long end, pgoff_t pgoff,
 		      const struct file *file, void **private_data);
+
+/* Rust for C: rust/glue/shrinker.rs */
+unsigned long thinram_rs_shrinker_count(void *data);
+unsigned long thinram_rs_shrinker_scan(void *data, unsigned long pages);
 
 /* Rust for C: rust/glue/sysfs.rs */
 ssize_t thinram_rs_sysfs_show(struct kobject *kobj, struct attribute *attr, char *buf);

@@ -42,6 +42,7 @@ module! {
 struct ThinRam {
     _fs: Registration,
     _debug: Pin<KBox<glue::debug::DebugFiles>>,
+    _shrinker: glue::shrinker::HostShrinker,
     _scanner: Thread<Scanner>,
     _splitter: Thread<Splitter>,
     _reclaimer: Thread<Reclaimer>,
@@ -107,12 +108,14 @@ impl kernel::Module for ThinRam {
             Thread::start(c"thinram_swapin", work)
         };
         let swap_in = [reader()?, reader()?, reader()?];
+        let shrinker = glue::shrinker::HostShrinker::new(host.clone())?;
         let debug = glue::debug::DebugFiles::new(host)?;
         glue::fs::register()?;
         pr_info!("loaded; mount -t thinram -o domain=NAME thinram DIR\n");
         Ok(ThinRam {
             _fs: Registration,
             _debug: debug,
+            _shrinker: shrinker,
             _scanner: scanner,
             _splitter: splitter,
             _reclaimer: reclaimer,

@@ -13,6 +13,7 @@ use super::{
     region::Registry,
     regroup::{self, Change},
     shared::{IndexFigures, SharedIndex},
+    shrink::Shrinking,
     split::SplitEvents,
     vm::{MakeDirectory, Scope, Vm, VmDefaults, Vms},
     volume::SwapWork,
@@ -206,6 +207,9 @@ pub(crate) struct Host {
     /// Where shared pages are compressed to.
     #[pin]
     pub(crate) shared_pools: SharedPools,
+    /// What the kernel's own reclaim got.
+    #[pin]
+    pub(crate) shrinking: Shrinking,
     /// The reclaimer is to try anew what did not work with shared pages.
     pub(super) shared_anew: AtomicBool,
     zero_frames: KVec<Frame>,
@@ -241,6 +245,7 @@ impl Host {
             frame.clear();
             zero_frames.push(frame, GFP_KERNEL)?;
         }
+        let shrinking = Shrinking::new()?;
         Arc::pin_init(
             try_pin_init!(Host {
                 key: hash::random_key(),
@@ -280,6 +285,7 @@ impl Host {
                 registry <- Registry::new(),
                 index <- SharedIndex::new(),
                 shared_pools <- SharedPools::new(),
+                shrinking <- shrinking,
                 shared_anew: AtomicBool::new(false),
                 zero_frames,
                 zero_folio: SetOnce::new(),

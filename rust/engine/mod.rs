@@ -28,6 +28,7 @@ pub(crate) mod regroup;
 pub(crate) mod sample;
 pub(crate) mod scan;
 pub(crate) mod shared;
+pub(crate) mod shrink;
 pub(crate) mod split;
 pub(crate) mod stall;
 pub(crate) mod survey;

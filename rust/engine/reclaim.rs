@@ -119,6 +119,7 @@ struct Worker {
 impl Worker {
     /// Does a part of what is to be done for each VM and for the host.
     fn round(&mut self, host: &Host) -> Next {
+        host.bury_regions();
         let Ok(vms) = host.vms().all() else {
             return Next::Soon;
         };
@@ -561,6 +562,7 @@ fn unmap_window(guard: &mut RegionGuard<'_>, first: usize, end: usize) -> u64 {
     }
     if from < to {
         guard.zap_range(from, to - from);
+        guard.region().note_sweep();
     }
     mapped
 }

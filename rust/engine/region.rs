@@ -15,6 +15,7 @@ use crate::{
         slot::{Class, Slot, State},
     },
     sys::{
+        clock,
         huge::HugeFrame,
         mapping::Mapping,
         page::{Frame, PageRef, Purpose},
@@ -67,6 +68,8 @@ pub(crate) struct Region {
     watch: AtomicU64,
     /// Tasks that wait for the lock: the scanner makes way for them.
     waiters: AtomicU32,
+    /// When the reclaimer's sweep took pages out of page tables last, by [`now_ms`].
+    swept_ms: AtomicU32,
     #[pin]
     inner: Mutex<Inner>,
 }
@@ -84,6 +87,7 @@ impl Region {
                 words,
                 watch: AtomicU64::new(Watch::NONE.word()),
                 waiters: AtomicU32::new(0),
+                swept_ms: AtomicU32::new(0),
                 inner <- new_mutex!(
                     Inner {
                         key,
@@ -196,6 +200,21 @@ impl Region {
     pub(crate) fn is_wanted(&self) -> bool {
         self.waiters.load(Ordering::Relaxed) != 0
     }
+
+    /// The reclaimer's sweep took pages out of page tables, whether they are in use or not.
+    pub(crate) fn note_sweep(&self) {
+        self.swept_ms.store(now_ms(), Ordering::Relaxed);
+    }
+
+    /// Whether that was in the last `ms` milliseconds.
+    pub(crate) fn was_swept_within(&self, ms: u32) -> bool {
+        now_ms().wrapping_sub(self.swept_ms.load(Ordering::Relaxed)) < ms
+    }
+}
+
+/// Milliseconds of the clock, which come round every seven weeks.
+fn now_ms() -> u32 {
+    (clock::now_us() / 1000) as u32
 }
 
 /// A locked region.

@@ -663,6 +663,15 @@ impl Vms {
         }
     }
 
+    /// The same unless the list is locked, for who must not wait.
+    pub(crate) fn try_for_each(&self, mut f: impl FnMut(&Arc<Vm>)) {
+        if let Some(list) = self.list.try_lock() {
+            for vm in &list.vms {
+                f(vm);
+            }
+        }
+    }
+
     /// All of them as of now.
     pub(crate) fn all(&self) -> Result<KVec<Arc<Vm>>> {
         let list = self.list.lock();

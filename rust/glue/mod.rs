@@ -8,6 +8,7 @@ pub(crate) mod file;
 pub(crate) mod fs;
 pub(crate) mod mount;
 pub(crate) mod node;
+pub(crate) mod shrinker;
 pub(crate) mod sysfs;
 pub(crate) mod vm_ops;
 

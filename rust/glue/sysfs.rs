@@ -221,6 +221,8 @@ files! {
     "active_samples": |h, page| line(page, load(&h.0.events.active_samples));
     "compressions": |h, page| line(page, load(&h.0.events.compressions));
     "decompressions": |h, page| line(page, load(&h.0.events.decompressions));
+    "shrinker_calls": |h, page| line(page, load(&h.0.shrinking.asked));
+    "shrinker_freed_pages": |h, page| line(page, load(&h.0.shrinking.freed));
     "shared_compressions": |h, page| line(page, load(&h.0.events.shared_compressions));
     "shared_decompressions": |h, page| line(page, load(&h.0.events.shared_decompressions));
     "decompressions_failed": |h, page| line(page, load(&h.0.events.decompressions_failed));

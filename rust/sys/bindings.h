@@ -8,6 +8,7 @@
 #include <linux/lz4.h>
 #include <linux/mm.h>
 #include <linux/rmap.h>
+#include <linux/shrinker.h>
 #include <linux/statfs.h>
 #include <linux/xxhash.h>
 #include <linux/zsmalloc.h>

@@ -18,6 +18,7 @@ pub(crate) mod memory;
 pub(crate) mod packed;
 pub(crate) mod page;
 pub(crate) mod protect;
+pub(crate) mod shrinker;
 pub(crate) mod slots;
 pub(crate) mod swapio;
 pub(crate) mod table;

@@ -205,9 +205,14 @@ impl Store {
         )?)
     }
 
+    /// Whether there is a pool.
+    pub(crate) fn is_open(&self) -> bool {
+        self.pool.as_ref().is_some()
+    }
+
     /// Makes the pool if there is none; allocates.
     pub(crate) fn open(&self) -> Result {
-        if self.pool.as_ref().is_some() {
+        if self.is_open() {
             return Ok(());
         }
         if inject::fails(Point::Pool) {

@@ -277,7 +277,9 @@ const STOREYS: &[&[&str]] = &[
     &[
         "backing", "merge", "split", "compress", "cold", "caps", "swap", "huge", "survey",
     ],
-    &["fault", "data", "scan", "reclaim", "regroup", "swapper"],
+    &[
+        "fault", "data", "scan", "reclaim", "regroup", "swapper", "shrink",
+    ],
 ];
 
 /// The object that ties all of the engine together: it uses every storey, and every storey uses it

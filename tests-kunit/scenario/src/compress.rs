@@ -100,6 +100,11 @@ pub const CASES: &[Case] = &[
         low,
     ),
     Case::thinram(
+        "contend/shrinker",
+        "drop_caches gets pages of a hard host, none of a high one, none that is reserved",
+        shrinker,
+    ),
+    Case::thinram(
         "contend/knobs",
         "bad values: EINVAL or ERANGE, no change",
         knobs,
@@ -702,6 +707,77 @@ fn low(ctx: &Ctx) -> Result<()> {
         big.map.set(page, 0, 1);
     }
     eq("stalls on a host that is high", stalls(&big)? - before, 0)
+}
+
+fn shrinker(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 256;
+    let sys = ctx.sys();
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let guest = mount.guest("web", PAGES)?;
+    guest.sysfs(ctx).set("compress_max_percent", 100)?;
+    let order = || std::fs::write("/proc/sys/vm/drop_caches", "2");
+    let figures = || -> Result<(u64, u64)> {
+        let calls = sys.get("shrinker_calls")?;
+        Ok((calls, sys.get("shrinker_freed_pages")?))
+    };
+    // Written by write(2): no page table shows them.
+    let write = |page: usize, bytes: &[u8]| {
+        let at = (page * PAGE) as u64;
+        guest.file.write_all_at(bytes, at)
+    };
+    let noise = |page: usize| -> Vec<u8> {
+        let words = content::noise(page as u64);
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    };
+    let before = figures()?;
+    for page in 0..PAGES {
+        write(page, &page_bytes(page as u64))?;
+    }
+    order()?;
+    eq("figures of a high host", figures()?, before)?;
+    guest.holds(0, PAGES, 0)?;
+    // Random data: the reclaimer gives up for longer and longer, and leaves the rest to the kernel.
+    for page in 0..PAGES {
+        write(page, &noise(page))?;
+    }
+    force(ctx, "hard")?;
+    let refused = sys.get("compressions_refused_incompressible")?;
+    ctx.until_least(
+        "compressions_refused_incompressible",
+        refused + 8 * PAGES as u64,
+        SOON,
+    )?;
+    let mut seed = 0;
+    ctx.until("pages freed by the shrinker", SOON, || {
+        seed += PAGES as u64;
+        for page in 0..PAGES / 2 {
+            write(page, &page_bytes(seed + page as u64))?;
+        }
+        order()?;
+        let now = figures()?;
+        Ok((now.0 > before.0 && now.1 > before.1, format!("{now:?}")))
+    })?;
+    guest.sysfs(ctx).stat()?.check_sum()?;
+    // What is reserved is not even counted.
+    guest.sysfs(ctx).set("reservation_kb", (PAGES * 8) as u64)?;
+    let before = figures()?;
+    seed += PAGES as u64;
+    for page in 0..PAGES / 2 {
+        write(page, &page_bytes(seed + page as u64))?;
+    }
+    order()?;
+    eq("figures of a reservation", figures()?, before)?;
+    force(ctx, "none")?;
+    guest.holds(0, PAGES / 2, seed)?;
+    for page in PAGES / 2..PAGES {
+        let what = format!("page {page}");
+        page_is(
+            what,
+            &guest.map.read_page(page),
+            &content::noise(page as u64),
+        )?;
+    }
+    Ok(())
 }
 
 fn knobs(ctx: &Ctx) -> Result<()> {
