@@ -5,7 +5,7 @@
 
 use crate::env::{read, target};
 use crate::guest::{Guest, Kind, Spec};
-use crate::{kvm_selftests, real};
+use crate::{kvm_selftests, real, vhost_user};
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::json;
 use std::fs;
@@ -271,6 +271,16 @@ const CASES: &[Case] = &[
         name: "vhost_net_carries_what_the_guest_sends",
         module: false,
         run: real::vhost_net,
+    },
+    Case {
+        name: "vhost_user_disk_reads_what_it_wrote",
+        module: false,
+        run: vhost_user::disk,
+    },
+    Case {
+        name: "virtiofs_folder_reads_what_it_wrote",
+        module: false,
+        run: vhost_user::folder,
     },
     Case {
         name: "sudden_ends_leave_nothing_behind",

@@ -21,6 +21,7 @@ mod report;
 mod setup;
 mod step;
 mod suites;
+mod vhost_user;
 mod vm;
 
 use anyhow::Result;

@@ -192,10 +192,11 @@ pub fn host_initramfs(k: &Kernel) -> Result<PathBuf> {
 
 /// Builds the guests' side, into `target/guests`: `small.vmlinuz`, `stock.vmlinuz` and the
 /// initramfs of each, `small.initrd` and `stock.initrd`; `agent.initrd`, which is the small one with
-/// QEMU's guest agent; and the selftests of KVM.
+/// QEMU's guest agent; the selftests of KVM; and the programs that serve guests.
 pub fn guests(k: &Kernel) -> Result<PathBuf> {
     setup::stock(k)?;
     crate::kvm_selftests::build(k)?;
+    crate::vhost_user::fetch()?;
     let small = setup::guest_kernel(k)?;
     let dir = target("guests");
     fs::create_dir_all(&dir)?;
@@ -232,7 +233,7 @@ pub fn guests(k: &Kernel) -> Result<PathBuf> {
 }
 
 /// The shared libraries that a program needs, by their paths.
-fn libraries(program: &Path) -> Result<Vec<String>> {
+pub fn libraries(program: &Path) -> Result<Vec<String>> {
     let text = output(Command::new("ldd").arg(program))?;
     let mut found = Vec::new();
     for line in text.lines() {
