@@ -99,6 +99,11 @@ pub const CASES: &[Case] = &[
         full,
     ),
     Case::both("fs/overflow", "offsets and lengths that overflow", overflow),
+    Case::thinram(
+        "fs/largest",
+        "a file of 8 TiB is one, of a byte more EFBIG",
+        largest,
+    ),
 ];
 
 fn truncate(ctx: &Ctx) -> Result<()> {
@@ -867,4 +872,65 @@ fn overflow(ctx: &Ctx) -> Result<()> {
     let mut seen = vec![0; 4 * PAGE];
     file.read_exact_at(&mut seen, 0)?;
     bytes_are("after all that", &seen, &pages_bytes(1, 4))
+}
+
+/// The longest that a file may be.
+const LARGEST: u64 = 8 << 40;
+
+fn largest(ctx: &Ctx) -> Result<()> {
+    for options in ["", "size=16T"] {
+        let mount = ctx.mount("m", options)?;
+        let file = mount.file("web", "ram", 0)?;
+        let end = LARGEST as i64;
+        sys::ftruncate(&file, end).context("8 TiB")?;
+        eq("size", file.metadata()?.len(), LARGEST)?;
+        let page = PAGE as i64;
+        for (what, done) in [
+            ("ftruncate", sys::ftruncate(&file, end + 1)),
+            ("fallocate", sys::fallocate(&file, 0, end, page)),
+            (
+                "fallocate over the end",
+                sys::fallocate(&file, 0, end - page, page + 1),
+            ),
+            ("pwrite", sys::pwrite(&file, b"x", end).map(drop)),
+        ] {
+            fails(format!("{what} beyond 8 TiB"), done, Errno::EFBIG)?;
+            eq("size", file.metadata()?.len(), LARGEST)?;
+        }
+        // There is room for a second one, and for no more with the limit.
+        let second = mount.file("web", "more", 0)?;
+        sys::ftruncate(&second, end).context("8 TiB more")?;
+        let third = mount.file("other", "ram", 0)?;
+        let done = sys::ftruncate(&third, page);
+        match options {
+            "" => done.context("a page more")?,
+            _ => fails("a page beyond size=", done, Errno::ENOSPC)?,
+        }
+    }
+    let mount = ctx.mount("m", "")?;
+    let file = mount.file("web", "ram", 0)?;
+    sys::ftruncate(&file, LARGEST as i64)?;
+    // What is over the end is cut off, as on other file systems.
+    eq(
+        "bytes over the end",
+        sys::pwrite(&file, b"xy", LARGEST as i64 - 1)?,
+        1,
+    )?;
+    let last = LARGEST - PAGE as u64;
+    let map = Map::shared(&file, last, PAGE, RW)?;
+    map.write_page(0, &content::page(7));
+    let mut seen = vec![0; 2 * PAGE];
+    eq("bytes at the end", file.read_at(&mut seen, last)?, PAGE)?;
+    bytes_are("the last page", &seen[..PAGE], &page_bytes(7))?;
+    let data = sys::lseek(&file, 0, libc::SEEK_DATA)?;
+    eq("data after a hole of 8 TiB", data as u64, last)?;
+    ctx.expect_used("of one page", &mount, "web", 4)?;
+    eq(
+        "size_kb",
+        ctx.sys().vm("web").get("size_kb")?,
+        LARGEST / 1024,
+    )?;
+    sys::punch(&file, 0, LARGEST)?;
+    ctx.expect_used("of a hole of all", &mount, "web", 0)?;
+    Ok(())
 }

@@ -25,6 +25,7 @@ mod nodes;
 mod noticed;
 mod operations;
 mod peers;
+mod pins;
 mod prove;
 mod selftest;
 mod sharing;
@@ -168,6 +169,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         mounts::CASES,
         mapping::CASES,
         host::CASES,
+        pins::CASES,
         sharing::CASES,
         controls::CASES,
         noticed::CASES,

@@ -1,17 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What KSM's own tests check (the kernel's selftests, LTP), on files of ThinRAM; docs/testing.md
-//! has the table.
+//! What KSM's own tests check (the kernel's selftests, LTP), on files of ThinRAM, and what
+//! cloud-hypervisor calls; docs/testing.md has the tables.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::waitpid;
+use nix::unistd::mkstemp;
 
 use crate::check::{eq, fails, page_is};
 use crate::content;
-use crate::ctx::{Ctx, Guest};
+use crate::ctx::{Ctx, Guest, Mount};
 use crate::harness::Case;
 use crate::mapping::Debuggee;
 use crate::sharing::{merged_twins, twins, SOON};
@@ -43,6 +48,11 @@ pub const CASES: &[Case] = &[
         "peers/read-only-merge",
         "merge and unshare under a mapping that may only read",
         read_only_merge,
+    ),
+    Case::both(
+        "peers/cloud-hypervisor",
+        "what cloud-hypervisor calls for a zone: boot, balloon, plug, snapshot, hand-over",
+        cloud_hypervisor,
     ),
 ];
 
@@ -214,4 +224,134 @@ fn dying(ctx: &Ctx) -> Result<()> {
     })?;
     eq("pages_sharing", sys.get("pages_sharing")?, 0)?;
     stays.holds(0, PAGES, 1)
+}
+
+/// A zone of `--memory-zone file=DIR,shared=on`: a file that loses its name at once.
+fn zone(mount: &Mount<'_>, vm: &str, pages: usize) -> Result<Guest> {
+    let (fd, path) = mkstemp(&mount.mkdir(vm)?.join("tmpfile_XXXXXX"))?;
+    fs::remove_file(&path)?;
+    let file = File::from(fd);
+    file.set_len((pages * PAGE) as u64)?;
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    let map = Map::with_flags(&file, 0, pages * PAGE, RW, flags)?;
+    Ok(Guest {
+        name: vm.into(),
+        path,
+        file,
+        map,
+    })
+}
+
+/// What the balloon, free page reporting and virtio-mem do with memory that the guest does not use.
+fn give_back(guest: &Guest, from: usize, to: usize) -> Result<()> {
+    let (at, len) = (from * PAGE, (to - from) * PAGE);
+    sys::punch(&guest.file, at as u64, len as u64).context("a hole")?;
+    let done = guest.map.advise(at, len, libc::MADV_DONTNEED);
+    done.context("MADV_DONTNEED")
+}
+
+/// Copies what is not a hole, by file offsets.
+fn save(guest: &Guest, path: &Path) -> Result<u64> {
+    let to = File::create_new(path)?;
+    to.set_len(guest.file.metadata()?.len())?;
+    let (mut at, mut saved) = (0, 0);
+    loop {
+        let from = match sys::lseek(&guest.file, at, libc::SEEK_DATA) {
+            Err(Errno::ENXIO) => return Ok(saved),
+            from => from?,
+        };
+        at = sys::lseek(&guest.file, from, libc::SEEK_HOLE)?;
+        let len = (at - from) as usize;
+        let done = sys::pwrite_from(&to, &guest.map, from as usize, len, from as u64)?;
+        eq("bytes saved", done, len)?;
+        saved += len as u64;
+    }
+}
+
+fn cloud_hypervisor(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 96;
+    const KB: u64 = PAGES as u64 * 4;
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let boot = zone(&mount, "web1", PAGES)?;
+    // thp=on and mergeable=on; as on other memory, whatever the kernel was built with.
+    let anonymous = Map::anonymous(PAGES * PAGE)?;
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_MERGEABLE] {
+        let done = |map: &Map| map.advise(0, PAGES * PAGE, advice);
+        eq(
+            format!("advice {advice}"),
+            done(&boot.map),
+            done(&anonymous),
+        )?;
+    }
+    // prefault=on
+    boot.map
+        .advise(0, PAGES * PAGE, libc::MADV_POPULATE_WRITE)
+        .context("MADV_POPULATE_WRITE")?;
+    ctx.expect_used("prefaulted", &mount, "web1", KB)?;
+    boot.fill(0, PAGES, 1);
+
+    // The balloon takes a half, and gives a part of it back, which the guest uses.
+    give_back(&boot, 32, 80)?;
+    ctx.expect_used("with a balloon", &mount, "web1", KB - 48 * 4)?;
+    boot.is_zero(32, 80)?;
+    boot.map
+        .advise(32 * PAGE, 16 * PAGE, libc::MADV_WILLNEED)
+        .context("MADV_WILLNEED")?;
+    boot.fill(32, 48, 500);
+
+    // A second zone of the VM is plugged, used, and in part unplugged.
+    let plugged = zone(&mount, "web1", PAGES)?;
+    plugged.fill(0, PAGES, 1000);
+    ctx.expect_used("with two zones", &mount, "web1", 2 * KB - 32 * 4)?;
+    give_back(&plugged, 0, 64)?;
+    ctx.expect_used("after the unplug", &mount, "web1", 64 * 4 + 32 * 4)?;
+    plugged.holds(64, PAGES, 1000)?;
+
+    // The guest is stopped: its snapshot has what it holds, and another VM begins with that.
+    let path = ctx.dir.join("memory-ranges");
+    eq("bytes of data", save(&boot, &path)?, 64 * PAGE as u64)?;
+    let saved = File::open(&path)?;
+    let restored = zone(&mount, "web2", PAGES)?;
+    let read = sys::pread_into(&saved, &restored.map, 0, PAGES * PAGE, 0)?;
+    eq("bytes restored", read, PAGES * PAGE)?;
+    for guest in [&boot, &restored] {
+        guest.holds(0, 32, 1)?;
+        guest.holds(32, 48, 500)?;
+        guest.is_zero(48, 80)?;
+        guest.holds(80, PAGES, 1)?;
+    }
+
+    // A new cloud-hypervisor takes the descriptor over, and the guest goes on there.
+    let Guest { file, map, .. } = boot;
+    let heir = file.try_clone()?;
+    let mut child = sys::fork(move || {
+        let map = Map::shared(&heir, 0, PAGES * PAGE, RW)?;
+        page_is(
+            "a page handed over",
+            &map.read_page(40),
+            &content::page(540),
+        )?;
+        map.write_page(40, &content::page(9999));
+        Ok(())
+    })?;
+    drop(map);
+    child.expect_ok(ctx.limit(10.0))?;
+    let mut seen = vec![0; PAGE];
+    file.read_exact_at(&mut seen, 40 * PAGE as u64)?;
+    crate::check::bytes_are("what it wrote", &seen, &content::page_bytes(9999))?;
+
+    // What is common to the two is merged as any other VMs' pages are.
+    drop(plugged);
+    if ctx.is_thinram() {
+        let sys = ctx.sys();
+        sys.flat_out()?;
+        ctx.until_is("pages_sharing", 63, SOON)?;
+    }
+    restored.holds(0, 32, 1)?;
+    restored.holds(32, 48, 500)?;
+    drop((file, restored));
+    if ctx.is_thinram() {
+        ctx.until_no_vm()?;
+    }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 //! System calls that no crate wraps, and shared mappings: the only home of `unsafe` here.
 
 pub mod numa;
+pub mod rdma;
 pub mod vfio;
 
 use std::ffi::{c_int, c_void, CString};
