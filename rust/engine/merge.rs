@@ -93,6 +93,27 @@ pub(crate) fn try_zero(host: &Host, guard: &mut RegionGuard<'_>, index: usize) -
     Outcome::Merged
 }
 
+/// Whether it is worth unmapping page `own` for a merge under `key`.
+pub(crate) fn has_equal(host: &Host, key: Key, own: u32, rules: Rules) -> bool {
+    let mut candidates = [None; CANDIDATES];
+    // A full record has to be counted as a refusal.
+    host.index().find(key, rules.max_sharers, &mut candidates)
+        || candidates
+            .into_iter()
+            .flatten()
+            .any(|candidate| !matches!(candidate, Candidate::Page(id) if id == own))
+}
+
+/// Leaves a hint for the next page that comes with the content of `own`.
+pub(crate) fn leave_hint(host: &Host, key: Key, own: u32) -> Outcome {
+    if host.index().hint(key.hash, own, host.registry()) {
+        Outcome::Unique
+    } else {
+        count(&host.refusals.no_hint);
+        Outcome::NotNow
+    }
+}
+
 /// Looks for an equal page and merges with it, or leaves a hint for the next one that comes.
 pub(crate) fn try_merge(
     host: &Host,
@@ -124,12 +145,7 @@ pub(crate) fn try_merge(
     if not_now {
         return Outcome::NotNow;
     }
-    if host.index().hint(key.hash, own, host.registry()) {
-        Outcome::Unique
-    } else {
-        count(&host.refusals.no_hint);
-        Outcome::NotNow
-    }
+    leave_hint(host, key, own)
 }
 
 /// Joins a record that is there already. One that is compressed stays so, until a sharer asks for it.

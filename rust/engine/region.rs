@@ -23,7 +23,10 @@ use crate::{
         zs::{Corrupt, NoRoom, Scratch},
     },
 };
-use core::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use core::{
+    ops::Range,
+    sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering},
+};
 use kernel::{
     new_mutex, new_spinlock,
     page::PAGE_SIZE,
@@ -184,6 +187,7 @@ impl Region {
         RegionGuard {
             region: self,
             inner,
+            unmapped: 0..0,
         }
     }
 
@@ -192,6 +196,7 @@ impl Region {
         self.inner.try_lock().map(|inner| RegionGuard {
             region: self,
             inner,
+            unmapped: 0..0,
         })
     }
 
@@ -221,6 +226,8 @@ fn now_ms() -> u32 {
 pub(crate) struct RegionGuard<'a> {
     region: &'a Region,
     inner: Guard<'a, Inner, MutexBackend>,
+    /// Pages that no page table shows until the lock is dropped.
+    unmapped: Range<usize>,
 }
 
 fn counted_as(slot: Slot) -> counts::Class {
@@ -493,7 +500,18 @@ impl RegionGuard<'_> {
 
     /// Takes the page out of every page table.
     pub(crate) fn zap(&self, index: usize) {
-        self.zap_range(index, 1);
+        if !self.unmapped.contains(&index) {
+            self.zap_range(index, 1);
+        }
+    }
+
+    /// Takes a range of pages out at once, for those who [`RegionGuard::zap`] each of them soon. They
+    /// map nothing under this lock, and nobody else can.
+    pub(crate) fn zap_ahead(&mut self, index: usize, pages: usize) {
+        if pages > 1 {
+            self.zap_range(index, pages);
+            self.unmapped = index..index.saturating_add(pages);
+        }
     }
 
     /// Takes a range of pages out of every page table.

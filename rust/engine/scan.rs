@@ -4,7 +4,11 @@
 //! hands it to `merge`.
 //!
 //! Lock order: policy > region > index. The policy lock is held for a step, the region lock for one
-//! page while anybody waits for it, and neither while the scanner sleeps.
+//! page while anybody waits for it, for a window of pages otherwise, and neither while the scanner
+//! sleeps.
+//!
+//! Pages that have an equal, it seems, are queued and merged some at a time, so that pages side by
+//! side are taken out of the page tables in one go: each time costs the guest's CPUs an interrupt.
 //!
 //! What cannot have changed is not hashed again. A region whose pages were mostly unchanged earns
 //! protection: its mappings are made read-only, and a page that was hashed under protection, with no
@@ -21,6 +25,7 @@ use super::{
 };
 use crate::{
     logic::{
+        batch::{run_length, Batch},
         huge::HugeWord,
         pace::{Limits, Pacer},
         slot::{Class, Slot, State},
@@ -83,11 +88,11 @@ impl Work for Scanner {
 struct Walk {
     region: u32,
     index: usize,
-    /// A frame for the next new shared page.
-    spare: Option<Frame>,
+    /// Frames for new shared pages.
+    spares: [Option<Frame>; AHEAD],
     /// To look into compressed shared pages.
     scratch: Option<Scratch>,
-    /// The node that it was asked for: with `merge_across_nodes` 0, that of the next page.
+    /// The node that they were asked for: with `merge_across_nodes` 0, that of the next page.
     spare_node: i32,
     /// A frame for the next page that is given back to a VM, at that VM's expense.
     own: Option<(u32, Frame)>,
@@ -99,6 +104,20 @@ struct Walk {
     dirty: bool,
     /// Whether any region was found in this pass.
     found: bool,
+}
+
+/// Pages that are merged in one go.
+const AHEAD: usize = 16;
+
+/// A page that has an equal, it seems.
+#[derive(Clone, Copy)]
+struct Found {
+    index: usize,
+    /// What it was when it was hashed.
+    slot: Slot,
+    hash: u64,
+    /// The hash stays true until a fault says otherwise.
+    trusted: bool,
 }
 
 /// What is the same for all pages of a region.
@@ -119,7 +138,7 @@ impl Walk {
             region: 0,
             index: 0,
             window: 0,
-            spare: None,
+            spares: [const { None }; AHEAD],
             scratch: None,
             spare_node: ANY_NODE,
             own: None,
@@ -243,11 +262,19 @@ impl Walk {
                 return left;
             }
             self.protect_if_calm(&mut guard);
-            while self.index < end.min(self.window) {
+            let mut queue = Batch::default();
+            while self.index < end.min(self.window) && !queue.is_full() {
                 let slot = guard.slot(self.index);
                 if needs_look(slot, visit.pass, self.index) {
                     let alone = slot.state() == State::Shared && is_alone(host, slot);
-                    if !self.has_spare_for(&guard, visit) || alone && !self.has_own(vm) {
+                    if alone && !self.has_own(vm) {
+                        break;
+                    }
+                    let node = self.spare_node_of_next(&guard, visit);
+                    if node != self.spare_node {
+                        if queue.is_empty() {
+                            self.drop_spares(node);
+                        }
                         break;
                     }
                     if is_known(slot, visit.pass, self.index) {
@@ -260,7 +287,10 @@ impl Walk {
                         next.prefetch();
                     }
                     if slot.state() != State::Shared {
-                        self.look(host, &mut guard, visit, slot);
+                        if let Some(found) = self.look(host, &mut guard, visit, slot) {
+                            // The loop ends when it is full.
+                            let _ = queue.push(found);
+                        }
                     } else if !alone {
                         if visit.unites || is_recheck(visit.pass, self.index) {
                             merge::unite(host, &mut guard, self.index, visit.rules);
@@ -272,10 +302,11 @@ impl Walk {
                     skipped += u64::from(holds_data(slot));
                 }
                 self.index += 1;
-                if self.spare.is_none() || region.is_wanted() {
+                if region.is_wanted() {
                     break;
                 }
             }
+            self.merge_all(host, &mut guard, visit, &queue);
             drop(guard);
             if region.is_wanted() {
                 count(&host.events.scan_yields);
@@ -295,19 +326,19 @@ impl Walk {
         looked
     }
 
-    /// Whether the spare frame was asked for where a merge of the next page needs it; drops it if not.
-    fn has_spare_for(&mut self, guard: &RegionGuard<'_>, visit: &Visit) -> bool {
-        let node = match guard.page(self.index) {
+    /// Where a merge of the next page needs its frame.
+    fn spare_node_of_next(&self, guard: &RegionGuard<'_>, visit: &Visit) -> i32 {
+        match guard.page(self.index) {
             _ if visit.rules.across_nodes => ANY_NODE,
             Some(page) => page.node(),
-            None => return true,
-        };
-        if self.spare_node == node {
-            return true;
+            None => self.spare_node,
         }
+    }
+
+    /// The spare frames that come next are asked for on `node`.
+    fn drop_spares(&mut self, node: i32) {
         self.spare_node = node;
-        self.spare = None;
-        false
+        self.spares = [const { None }; AHEAD];
     }
 
     /// Whether there is a frame that was allocated at the expense of `vm`.
@@ -318,8 +349,11 @@ impl Walk {
     /// Allocates what the page at hand may need, with no lock held. False if there is no memory for a
     /// page that cannot do without.
     fn provide(&mut self, host: &Host, region: &Region) -> bool {
-        if self.spare.is_none() {
-            self.spare = Frame::alloc(Purpose::Shared, self.spare_node);
+        for spare in self.spares.iter_mut().filter(|spare| spare.is_none()) {
+            *spare = Frame::alloc(Purpose::Shared, self.spare_node);
+            if spare.is_none() {
+                break;
+            }
         }
         if self.scratch.is_none() && host.figures().packed > 0 {
             self.scratch = Scratch::new();
@@ -382,32 +416,39 @@ impl Walk {
         }
     }
 
-    /// Looks at one page of the VM's own that may have changed.
-    fn look(&mut self, host: &Host, guard: &mut RegionGuard<'_>, visit: &Visit, slot: Slot) {
+    /// Looks at one page of the VM's own that may have changed; returns it if it is to be merged.
+    fn look(
+        &mut self,
+        host: &Host,
+        guard: &mut RegionGuard<'_>,
+        visit: &Visit,
+        slot: Slot,
+    ) -> Option<Found> {
         let index = self.index;
         if is_known(slot, visit.pass, index) {
             survey::refresh(host, guard, index, visit.scope);
-            return;
+            return None;
         }
-        let Some(page) = guard.own_page(index) else {
-            return;
-        };
+        let page = guard.own_page(index)?;
         self.dirty = true;
         if page.is_poisoned() {
             count(&host.refusals.poisoned);
-            return;
+            return None;
         }
         // In this order: protected, then nobody holds a pin from before, then the hash.
         let trusted = guard.is_protected(index) && page.is_unpinned();
         let hash = hash::of_page(page, visit.seed);
+        let key = visit.key(hash);
         if slot.state() == State::Huge {
-            let key = Key {
-                hash,
-                scope: visit.scope,
-            };
             survey::note(host, guard, index, key, hash == visit.zero_hash, trusted);
-            return;
+            return None;
         }
+        let found = Found {
+            index,
+            slot,
+            hash,
+            trusted,
+        };
         let changed = slot.class() != Class::Unchecked && slot.tag() != hash as u16;
         if changed {
             let backoff = slot.backoff();
@@ -415,51 +456,104 @@ impl Walk {
                 index,
                 slot.looked_at(Class::Volatile, hash).with_backoff(backoff),
             );
-            return;
+            return None;
         }
-        let backoff = slot.backoff().saturating_sub(1);
         if hash == visit.zero_hash {
-            if merge::try_zero(host, guard, index) == Outcome::Merged {
-                return;
-            }
-            guard.note(
-                index,
-                slot.looked_at(Class::Unshared, hash).with_backoff(backoff),
-            );
-            return;
+            return Some(found);
         }
         if visit.zero_only {
-            guard.note(
-                index,
-                slot.looked_at(Class::Unshared, hash)
-                    .with_backoff(backoff)
-                    .with_stable(trusted),
-            );
-            return;
+            found.note(guard, Outcome::Unique);
+            return None;
         }
-        let key = Key {
-            hash,
-            scope: visit.scope,
-        };
-        let room = merge::Room {
-            spare: &mut self.spare,
-            scratch: &mut self.scratch,
-        };
-        match merge::try_merge(host, guard, index, key, visit.rules, room) {
-            Outcome::Merged => {}
-            Outcome::Unique => guard.note(
-                index,
-                slot.looked_at(Class::Unshared, hash)
-                    .with_backoff(backoff)
-                    .with_stable(trusted),
-            ),
-            Outcome::NotNow => {
-                guard.note(
-                    index,
-                    slot.looked_at(Class::Unshared, hash).with_backoff(backoff),
-                );
+        let own = guard.region().page_id(index);
+        if merge::has_equal(host, key, own, visit.rules) {
+            return Some(found);
+        }
+        found.note(guard, merge::leave_hint(host, key, own));
+        None
+    }
+
+    /// Merges what was found, in one go for as long as nobody waits; the walk goes on at the first
+    /// page that was left.
+    fn merge_all(
+        &mut self,
+        host: &Host,
+        guard: &mut RegionGuard<'_>,
+        visit: &Visit,
+        queue: &Batch<Found, AHEAD>,
+    ) {
+        let mut unmapped_to = 0;
+        let mut rest = queue.iter();
+        while let Some(found) = rest.next() {
+            let wanted = guard.region().is_wanted();
+            let is_first = unmapped_to == 0;
+            if !is_first && (wanted || self.spares.iter().all(Option::is_none)) {
+                self.index = found.index;
+                return;
+            }
+            if found.index >= unmapped_to {
+                // With nodes apart a page may be refused before it would be unmapped.
+                let ahead = if wanted || !visit.rules.across_nodes {
+                    0
+                } else {
+                    let places = rest.clone().map(|found| found.index);
+                    run_length(core::iter::once(found.index).chain(places))
+                };
+                guard.zap_ahead(found.index, ahead);
+                unmapped_to = found.index.saturating_add(ahead.max(1));
+            }
+            // It may have been the other page of a pair.
+            if guard.slot(found.index) == found.slot {
+                self.merge(host, guard, visit, found);
             }
         }
+    }
+
+    /// Merges one page, or notes why not.
+    fn merge(&mut self, host: &Host, guard: &mut RegionGuard<'_>, visit: &Visit, found: Found) {
+        let index = found.index;
+        if found.hash == visit.zero_hash {
+            if merge::try_zero(host, guard, index) != Outcome::Merged {
+                found.note(guard, Outcome::NotNow);
+            }
+            return;
+        }
+        let mut spare = self.spares.iter_mut().find_map(Option::take);
+        let room = merge::Room {
+            spare: &mut spare,
+            scratch: &mut self.scratch,
+        };
+        let outcome =
+            merge::try_merge(host, guard, index, visit.key(found.hash), visit.rules, room);
+        if let Some(place) = self.spares.iter_mut().find(|place| place.is_none()) {
+            *place = spare;
+        }
+        if outcome != Outcome::Merged {
+            found.note(guard, outcome);
+        }
+    }
+}
+
+impl Visit {
+    fn key(&self, hash: u64) -> Key {
+        Key {
+            hash,
+            scope: self.scope,
+        }
+    }
+}
+
+impl Found {
+    /// Notes what a page is that was not merged.
+    fn note(&self, guard: &mut RegionGuard<'_>, outcome: Outcome) {
+        let stable = self.trusted && outcome == Outcome::Unique;
+        guard.note(
+            self.index,
+            self.slot
+                .looked_at(Class::Unshared, self.hash)
+                .with_backoff(self.slot.backoff().saturating_sub(1))
+                .with_stable(stable),
+        );
     }
 }
 

@@ -11,6 +11,7 @@
 #[macro_use]
 mod words;
 
+pub mod batch;
 pub mod catalog;
 pub mod clusters;
 pub mod counts;
