@@ -52,11 +52,10 @@ fn while_touching(
     })
 }
 
-/// Lets two whole periods pass.
+/// Lets the period that is under way and a whole one pass: two at most.
 fn two_periods(ctx: &Ctx) -> Result<()> {
     let now = ctx.sys().get("active_samples")?;
-    // The one that is under way saw what was before.
-    ctx.until_least("active_samples", now + 3, 30.0)
+    ctx.until_least("active_samples", now + 2, 30.0)
 }
 
 fn active(ctx: &Ctx) -> Result<()> {

@@ -49,10 +49,11 @@ pub const CASES: &[Case] = &[
 ];
 
 /// A cgroup of a case, removed when the value goes.
-struct Cgroup(PathBuf);
+pub struct Cgroup(PathBuf);
 
 impl Cgroup {
-    fn new(name: &str) -> Result<Cgroup> {
+    /// Makes one, where there are any.
+    pub fn new(name: &str) -> Result<Cgroup> {
         let root = Path::new("/sys/fs/cgroup");
         let control = fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
         if !control.split_whitespace().any(|c| c == "memory") {
@@ -65,7 +66,8 @@ impl Cgroup {
         Ok(Cgroup(dir))
     }
 
-    fn set(&self, name: &str, value: impl ToString) -> Result<()> {
+    /// Writes one of its files.
+    pub fn set(&self, name: &str, value: impl ToString) -> Result<()> {
         let path = self.0.join(name);
         fs::write(&path, value.to_string()).with_context(|| format!("write {}", path.display()))
     }
@@ -73,6 +75,18 @@ impl Cgroup {
     /// Moves the calling process here.
     fn enter(&self) -> Result<()> {
         self.set("cgroup.procs", std::process::id())
+    }
+
+    /// Does `work` with the calling process in it.
+    pub fn while_in(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.enter()?;
+        let done = work();
+        fs::write(
+            "/sys/fs/cgroup/cgroup.procs",
+            std::process::id().to_string(),
+        )
+        .context("leave the cgroup")?;
+        done
     }
 
     /// A line `name value` of one of its files.

@@ -18,6 +18,7 @@ mod harness;
 mod host;
 mod huge;
 mod inject;
+mod ksm;
 mod mapping;
 mod mounts;
 mod names;
@@ -33,6 +34,7 @@ mod swap;
 mod sys;
 mod sysfs;
 mod torture;
+mod zswap;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -174,6 +176,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         controls::CASES,
         noticed::CASES,
         peers::CASES,
+        ksm::CASES,
         contention::CASES,
         nodes::CASES,
         cgroup::CASES,
@@ -181,6 +184,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         compress::CASES,
         cold::CASES,
         swap::CASES,
+        zswap::CASES,
         active::CASES,
         inject::CASES,
         fuzz::CASES,

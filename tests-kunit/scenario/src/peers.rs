@@ -20,27 +20,27 @@ use crate::ctx::{Ctx, Guest, Mount};
 use crate::harness::Case;
 use crate::mapping::Debuggee;
 use crate::sharing::{merged_twins, twins, SOON};
-use crate::sys::{self, Map, PAGE, R, RW, WORDS};
+use crate::sys::{self, numa, Map, PAGE, R, RW, WORDS};
 
 /// The table of cases.
 pub const CASES: &[Case] = &[
     Case::thinram(
-        "peers/patterns",
+        "ltp/ksm01",
         "three VMs filled in steps: counters are exact in each",
         patterns,
     ),
     Case::thinram(
-        "peers/discarded",
+        "ksm/functional-unmerge-discarded",
         "merged pages are dropped in part, then unshared",
         discarded,
     ),
     Case::thinram(
-        "peers/prot-none",
+        "ksm/functional-prot-none",
         "merge and unshare under a mapping without access",
         prot_none,
     ),
     Case::thinram(
-        "peers/dying",
+        "ltp/ksm05",
         "processes die while their pages are scanned",
         dying,
     ),
@@ -57,17 +57,23 @@ pub const CASES: &[Case] = &[
 ];
 
 /// A page of one byte over and over.
-fn of(byte: u8) -> [u64; WORDS] {
+pub fn of(byte: u8) -> [u64; WORDS] {
     [u64::from_ne_bytes([byte; 8]); WORDS]
 }
 
-fn fill(guest: &Guest, byte: u8) {
+/// Fills a guest with one byte.
+pub fn fill(guest: &Guest, byte: u8) {
     for page in 0..guest.map.pages() {
         guest.map.write_page(page, &of(byte));
     }
 }
 
 fn patterns(ctx: &Ctx) -> Result<()> {
+    create_same_memory(ctx, None)
+}
+
+/// LTP's create_same_memory: three VMs are filled in steps, their memory on `node` if one is given.
+pub fn create_same_memory(ctx: &Ctx, node: Option<u32>) -> Result<()> {
     const PAGES: usize = 256;
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let vms = [
@@ -75,6 +81,11 @@ fn patterns(ctx: &Ctx) -> Result<()> {
         mount.guest("b", PAGES)?,
         mount.guest("c", PAGES)?,
     ];
+    if let Some(node) = node {
+        for guest in &vms {
+            numa::bind(&guest.map, node, numa::STRICT | numa::MOVE).context("mbind")?;
+        }
+    }
     let sys = ctx.sys();
     // What each VM is filled with, and how many contents and further pages that makes; the last
     // word of the last page is of its own where there is a second byte.

@@ -123,7 +123,7 @@ pub fn merged_twins(ctx: &Ctx, pages: usize) -> Result<(Mount<'_>, Guest, Guest)
 
 /// The physical frames of `guest`, every page touched. The scanner may unmap a page between the
 /// touch and the look: then all are touched again.
-fn frames(guest: &Guest) -> Result<BTreeSet<u64>> {
+pub fn frames(guest: &Guest) -> Result<BTreeSet<u64>> {
     const TRIES: usize = 50;
     for _ in 0..TRIES {
         let mut sum = 0u64;

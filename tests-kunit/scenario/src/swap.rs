@@ -108,14 +108,15 @@ pub const CASES: &[Case] = &[
 const SOON: f64 = 40.0;
 
 /// An ext4 on the scratch disk, and swapping to it.
-struct Disk<'a> {
+pub struct Disk<'a> {
     ctx: &'a Ctx,
     device: PathBuf,
     path: PathBuf,
 }
 
 impl<'a> Disk<'a> {
-    fn new(ctx: &'a Ctx) -> Result<Disk<'a>> {
+    /// Makes it and points `swap_dir` at it.
+    pub fn new(ctx: &'a Ctx) -> Result<Disk<'a>> {
         let Some(device) = ctx.setup.scratch.clone() else {
             return Err(skip("no --scratch device to make a file system on"));
         };
