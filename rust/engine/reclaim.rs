@@ -641,7 +641,7 @@ impl Vm {
         Holding {
             shares: self.claims.shares.load(Ordering::Relaxed),
             pages,
-            active: self.sample.active_pages().unwrap_or(pages),
+            active: self.sample.active_pages(self.filled_pages()),
             reserved: (self
                 .claims
                 .reservation_kb

@@ -4,7 +4,8 @@
 //!
 //! At the start of a period pages drawn at random from all of a VM's regions are taken out of the
 //! page tables; a fault on one of them says that it is in use. The sample is spread evenly over the
-//! regions, up to four pages in each; a region of one 2 MiB page counts as a whole.
+//! regions, up to four pages in each; a region of one 2 MiB page counts as a whole. Memory that came
+//! since the period began is in use: a guest that fills its memory would else look idle.
 //!
 //! Lock order: region, for one page at a time.
 
@@ -31,6 +32,8 @@ pub(crate) struct Sample {
     touched: AtomicU64,
     /// The last estimate in pages.
     active: AtomicU64,
+    /// Pages that were not empty when the period began.
+    began: AtomicU64,
 }
 
 impl Sample {
@@ -42,6 +45,7 @@ impl Sample {
             watched: AtomicU64::new(0),
             touched: AtomicU64::new(0),
             active: AtomicU64::new(UNKNOWN),
+            began: AtomicU64::new(0),
         }
     }
 
@@ -50,13 +54,22 @@ impl Sample {
         self.touched.fetch_add(pages as u64, Ordering::Relaxed);
     }
 
-    /// Pages in use by the last estimate, `None` before the first one.
-    pub(crate) fn active_pages(&self) -> Option<u64> {
-        Some(self.active.load(Ordering::Relaxed)).filter(|&pages| pages != UNKNOWN)
+    /// Pages in use of `filled` that are not empty: those of the last estimate and what came since the
+    /// period began, all of them before the first estimate.
+    pub(crate) fn active_pages(&self, filled: u64) -> u64 {
+        match self.active.load(Ordering::Relaxed) {
+            UNKNOWN => filled,
+            active => active.saturating_add(self.grown(filled)).min(filled),
+        }
     }
 
-    /// Ends a period.
-    fn end(&self, size_pages: u64) {
+    /// Pages that came since the period began.
+    fn grown(&self, filled: u64) -> u64 {
+        filled.saturating_sub(self.began.load(Ordering::Relaxed))
+    }
+
+    /// Ends a period and begins the next one with `filled` pages that are not empty.
+    fn end(&self, filled: u64) {
         let outcome = Outcome {
             watched: self.watched.swap(0, Ordering::Relaxed),
             touched: self.touched.swap(0, Ordering::Relaxed),
@@ -66,8 +79,10 @@ impl Sample {
             .swap(0, Ordering::Relaxed)
             .saturating_mul(SLOTS as u64);
         if let Some(active) = outcome.active(pages) {
-            self.active.store(active.min(size_pages), Ordering::Relaxed);
+            let active = active.saturating_add(self.grown(filled));
+            self.active.store(active.min(filled), Ordering::Relaxed);
         }
+        self.began.store(filled, Ordering::Relaxed);
         self.seen.store(0, Ordering::Relaxed);
     }
 }
@@ -101,7 +116,7 @@ impl Sampler {
         }
         self.began_us = now_us;
         for vm in vms {
-            vm.sample.end(vm.snapshot().pages.total());
+            vm.sample.end(vm.filled_pages());
         }
         count(&host.events.active_samples);
         // Who comes meanwhile has no region counted, and is drawn from in the next period.

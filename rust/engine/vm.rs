@@ -332,6 +332,14 @@ impl Vm {
         counts::pages_to_kb(self.store.pages())
     }
 
+    /// Pages that are not empty, wherever they are.
+    pub(crate) fn filled_pages(&self) -> u64 {
+        let pages = self.snapshot().pages;
+        pages
+            .total()
+            .saturating_sub(pages.get(counts::Class::Empty))
+    }
+
     /// KiB that the VM itself holds.
     pub(crate) fn resident_kb(&self) -> u64 {
         self.snapshot().pages.resident_kb(self.pool_kb())

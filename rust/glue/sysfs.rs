@@ -9,7 +9,7 @@ use crate::{
         vm::{Vm, VmCounts},
     },
     logic::{
-        counts::{pages_to_kb, Class},
+        counts::pages_to_kb,
         huge::Refusal,
         state::HostState,
         tunables::{self, BadValue, Knob, LargePages, RunMode, ShareScope},
@@ -410,11 +410,8 @@ files! {
     "owner_pid": |vm, page| line(page, vm.owner_pid());
 }
 
-/// Before the first estimate all that the VM has counts as in use.
 fn active_kb(vm: &Vm) -> u64 {
-    let pages = vm.snapshot().pages;
-    let all = pages.total().saturating_sub(pages.get(Class::Empty));
-    pages_to_kb(vm.sample.active_pages().unwrap_or(all))
+    pages_to_kb(vm.sample.active_pages(vm.filled_pages()))
 }
 
 /// All states of a VM in one snapshot.
