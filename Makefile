@@ -51,7 +51,7 @@ help:
 	@echo 'Anywhere (in a Debian sysroot that is made below ~/.cache/thinram):'
 	@echo '  make demo       three KVM guests share memory on a stock kernel'
 	@echo '  make test       every test;   make check   formatting, lints, layering'
-	@echo '  make bench      ThinRAM against KSM and zswap, at native speed'
+	@echo '  make bench      ThinRAM against KSM, zswap and hugetlbfs'
 	@echo '  make module     build thinram.ko for the stock Debian kernel'
 	@echo '  make host-shell a shell in the KVM host;  make uml-shell  in UML'
 	@echo '  make clean      remove target/'

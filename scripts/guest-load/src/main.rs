@@ -8,6 +8,11 @@
 //! every guest has and what is its own (so shares are made and broken all the time).
 //! Lines on stdout start with `guest-load:`. A line `stop` on stdin ends it after the
 //! pass; its last line is `guest-load: end passes=N bad=N verdict=intact|corrupt`.
+//!
+//! `guest-load NAME MIB busy` and `... idle` are guests of a host that is short of memory: most of
+//! their pages are their own and compress, to a third, a bit less than half or three quarters. The
+//! busy one makes pass after pass without a rest; the idle one makes one, waits for `stop`, and makes
+//! another.
 
 use std::io::{BufRead, Write};
 use std::process::ExitCode;
@@ -31,13 +36,49 @@ enum Part {
     Changing,
 }
 
-/// The part that a page belongs to: parts alternate in runs of 64 pages.
-fn part(page: usize) -> Part {
-    match (page / 64) % 4 {
-        0 => Part::Same,
-        1 => Part::Zero,
-        2 => Part::Own,
-        _ => Part::Changing,
+/// What pages hold and how the load goes on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Work {
+    /// A quarter of each part, noise; a pass, a rest.
+    Even,
+    /// Mostly pages of its own, which compress; pass after pass.
+    Busy,
+    /// The same, without passes but the first and the last.
+    Idle,
+}
+
+impl Work {
+    /// By its name, the third argument.
+    fn named(name: Option<&str>) -> Option<Self> {
+        match name {
+            None => Some(Work::Even),
+            Some("busy") => Some(Work::Busy),
+            Some("idle") => Some(Work::Idle),
+            Some(_) => None,
+        }
+    }
+
+    /// The part that a page belongs to: parts alternate in runs of 64 pages.
+    fn part(self, page: usize) -> Part {
+        let run = page / 64;
+        match self {
+            Work::Even => [Part::Same, Part::Zero, Part::Own, Part::Changing][run % 4],
+            Work::Busy | Work::Idle => match run % 8 {
+                0 => Part::Same,
+                1 => Part::Zero,
+                2 => Part::Changing,
+                _ => Part::Own,
+            },
+        }
+    }
+
+    /// Words of a page that are noise; the others are all alike.
+    fn noise(self, page: usize) -> usize {
+        match self {
+            Work::Even => WORDS,
+            // Compressed pages of 77 %, 45 % and 33 %.
+            Work::Busy | Work::Idle => [394, 230, 170][page % 3],
+        }
     }
 }
 
@@ -50,9 +91,9 @@ fn mix(x: u64) -> u64 {
 }
 
 /// The seed of a page's content in a pass; None is a page of zeros.
-fn seed(own: u64, page: usize, pass: u64) -> Option<u64> {
+fn seed(part: Part, own: u64, page: usize, pass: u64) -> Option<u64> {
     let page_seed = mix(page as u64);
-    match part(page) {
+    match part {
         Part::Zero => None,
         Part::Same => Some(page_seed),
         Part::Own => Some(page_seed ^ own),
@@ -66,47 +107,72 @@ fn seed(own: u64, page: usize, pass: u64) -> Option<u64> {
     }
 }
 
-fn word(seed: Option<u64>, i: usize) -> u64 {
-    match seed {
-        None => 0,
-        Some(s) => s.wrapping_mul(2 * i as u64 + 1) ^ i as u64,
-    }
+/// What a page holds: its seed, and how many words are made of it.
+#[derive(Clone, Copy)]
+struct Content {
+    seed: Option<u64>,
+    noise: usize,
 }
 
-fn fill(page: &mut Page, seed: Option<u64>) {
-    for (i, w) in page.0.iter_mut().enumerate() {
-        *w = word(seed, i);
+impl Content {
+    fn word(self, i: usize) -> u64 {
+        match self.seed {
+            None => 0,
+            Some(s) if i < self.noise => s.wrapping_mul(2 * i as u64 + 1) ^ i as u64,
+            Some(s) => s,
+        }
     }
-}
 
-/// The first word that is not as it should be.
-fn wrong(page: &Page, seed: Option<u64>) -> Option<usize> {
-    page.0
-        .iter()
-        .enumerate()
-        .position(|(i, w)| *w != word(seed, i))
+    fn fill(self, page: &mut Page) {
+        for (i, w) in page.0.iter_mut().enumerate() {
+            *w = self.word(i);
+        }
+    }
+
+    /// The first word that is not as it should be.
+    fn wrong(self, page: &Page) -> Option<usize> {
+        page.0
+            .iter()
+            .enumerate()
+            .position(|(i, w)| *w != self.word(i))
+    }
 }
 
 struct Load {
+    work: Work,
     own: u64,
     pages: Vec<Page>,
     pass: u64,
 }
 
 impl Load {
-    fn new(name: &str, mib: usize) -> Self {
+    fn new(name: &str, mib: usize, work: Work) -> Self {
         let own = name.bytes().fold(1, |h, b| mix(h ^ u64::from(b)));
         let count = mib * 1024 * 1024 / PAGE;
-        let mut pages = vec![Page([0; WORDS]); count];
-        for (i, page) in pages.iter_mut().enumerate() {
-            // Zero pages are written too: a page that was never touched proves nothing.
-            fill(page, Some(u64::MAX));
-            fill(page, seed(own, i, 0));
-        }
-        Self {
+        let mut load = Self {
+            work,
             own,
-            pages,
+            pages: vec![Page([0; WORDS]); count],
             pass: 0,
+        };
+        let dirty = Content {
+            seed: Some(u64::MAX),
+            noise: WORDS,
+        };
+        for i in 0..count {
+            let content = load.content(i, 0);
+            // Zero pages are written too: a page that was never touched proves nothing.
+            dirty.fill(&mut load.pages[i]);
+            content.fill(&mut load.pages[i]);
+        }
+        load
+    }
+
+    /// What a page holds in a pass.
+    fn content(&self, page: usize, pass: u64) -> Content {
+        Content {
+            seed: seed(self.work.part(page), self.own, page, pass),
+            noise: self.work.noise(page),
         }
     }
 
@@ -114,10 +180,13 @@ impl Load {
     fn advance(&mut self) -> usize {
         self.pass += 1;
         let mut written = 0;
-        for (i, page) in self.pages.iter_mut().enumerate() {
-            let now = seed(self.own, i, self.pass);
-            if part(i) == Part::Changing && now != seed(self.own, i, self.pass - 1) {
-                fill(page, now);
+        for i in 0..self.pages.len() {
+            if self.work.part(i) != Part::Changing {
+                continue;
+            }
+            let now = self.content(i, self.pass);
+            if now.seed != self.content(i, self.pass - 1).seed {
+                now.fill(&mut self.pages[i]);
                 written += 1;
             }
         }
@@ -128,10 +197,10 @@ impl Load {
     fn check(&self, mut report: impl FnMut(usize, usize, u64, u64)) -> usize {
         let mut bad = 0;
         for (i, page) in self.pages.iter().enumerate() {
-            let s = seed(self.own, i, self.pass);
-            if let Some(at) = wrong(page, s) {
+            let content = self.content(i, self.pass);
+            if let Some(at) = content.wrong(page) {
                 bad += 1;
-                report(i, at * 8, word(s, at), page.0[at]);
+                report(i, at * 8, content.word(at), page.0[at]);
             }
         }
         bad
@@ -147,14 +216,19 @@ fn say(text: &str) {
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let (name, mib) = match &args[..] {
-        [name, mib] => (name.clone(), mib.parse::<usize>().unwrap_or(0)),
-        _ => (String::new(), 0),
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let parsed = match &words[..] {
+        [name, mib, rest @ ..] if rest.len() <= 1 => mib
+            .parse::<usize>()
+            .ok()
+            .filter(|&mib| mib > 0)
+            .and_then(|mib| Some((*name, mib, Work::named(rest.first().copied())?))),
+        _ => None,
     };
-    if mib == 0 {
-        eprintln!("usage: guest-load NAME MIB (both given, MIB above 0), got {args:?}");
+    let Some((name, mib, work)) = parsed else {
+        eprintln!("usage: guest-load NAME MIB [busy|idle] (MIB above 0), got {args:?}");
         return ExitCode::from(2);
-    }
+    };
     let stop = Arc::new(AtomicBool::new(false));
     let told = stop.clone();
     std::thread::spawn(move || {
@@ -164,7 +238,7 @@ fn main() -> ExitCode {
             }
         }
     });
-    let mut load = Load::new(&name, mib);
+    let mut load = Load::new(name, mib, work);
     say(&format!("start name={name} pages={}", load.pages.len()));
     let mut bad = 0;
     loop {
@@ -180,7 +254,15 @@ fn main() -> ExitCode {
         if last {
             break;
         }
-        std::thread::sleep(Duration::from_millis(500));
+        match work {
+            Work::Even => std::thread::sleep(Duration::from_millis(500)),
+            Work::Busy => {}
+            Work::Idle => {
+                while !stop.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(500));
+                }
+            }
+        }
     }
     let verdict = if bad == 0 { "intact" } else { "corrupt" };
     say(&format!(
@@ -196,16 +278,18 @@ mod tests {
 
     #[test]
     fn stays_intact_over_passes() {
-        let mut load = Load::new("a", 4);
-        for _ in 0..20 {
-            assert!(load.advance() > 0);
-            assert_eq!(load.check(|_, _, _, _| {}), 0);
+        for work in [Work::Even, Work::Busy, Work::Idle] {
+            let mut load = Load::new("a", 4, work);
+            for _ in 0..20 {
+                assert!(load.advance() > 0);
+                assert_eq!(load.check(|_, _, _, _| {}), 0);
+            }
         }
     }
 
     #[test]
     fn finds_one_flipped_bit() {
-        let mut load = Load::new("a", 2);
+        let mut load = Load::new("a", 2, Work::Even);
         load.pages[70].0[511] ^= 1 << 63;
         let mut seen = Vec::new();
         assert_eq!(
@@ -217,31 +301,53 @@ mod tests {
 
     #[test]
     fn finds_a_page_of_an_older_pass() {
-        let mut load = Load::new("a", 2);
+        let mut load = Load::new("a", 2, Work::Even);
         load.advance();
         let old = load.pages.clone();
         for _ in 0..8 {
             load.advance();
         }
         load.pages[193] = old[193].clone();
-        assert_eq!(part(193), Part::Changing);
+        assert_eq!(Work::Even.part(193), Part::Changing);
         assert_eq!(load.check(|_, _, _, _| {}), 1);
     }
 
     #[test]
     fn guests_share_some_pages_and_not_others() {
-        let (a, b) = (Load::new("a", 4), Load::new("b", 4));
+        let (a, b) = (Load::new("a", 4, Work::Even), Load::new("b", 4, Work::Even));
         let same = |p: Part| {
             a.pages
                 .iter()
                 .zip(&b.pages)
                 .enumerate()
-                .filter(|(i, (x, y))| part(*i) == p && x.0 == y.0)
+                .filter(|(i, (x, y))| Work::Even.part(*i) == p && x.0 == y.0)
                 .count()
         };
         assert_eq!(same(Part::Same), 256);
         assert_eq!(same(Part::Zero), 256);
         assert_eq!(same(Part::Own), 0);
         assert!(same(Part::Changing) > 0);
+    }
+
+    #[test]
+    fn what_a_busy_guest_holds_compresses_and_is_mostly_its_own() {
+        let (a, b) = (Load::new("a", 6, Work::Busy), Load::new("b", 6, Work::Idle));
+        let equal = a.pages.iter().zip(&b.pages).filter(|(x, y)| x.0 == y.0);
+        let count = equal.count();
+        assert!(
+            (a.pages.len() / 4..a.pages.len() / 2).contains(&count),
+            "{count}"
+        );
+        for (i, page) in a.pages.iter().enumerate() {
+            let same = page.0.iter().filter(|w| **w == page.0[WORDS - 1]).count();
+            assert!(same >= WORDS - 394, "page {i}: {same} words alike");
+        }
+    }
+
+    #[test]
+    fn other_work_is_refused() {
+        assert_eq!(Work::named(None), Some(Work::Even));
+        assert_eq!(Work::named(Some("idle")), Some(Work::Idle));
+        assert_eq!(Work::named(Some("lazy")), None);
     }
 }

@@ -275,7 +275,7 @@ pub fn minor_faults() -> Result<u64> {
 }
 
 /// The one kernel thread of this name.
-fn thread(name: &str) -> Result<u32> {
+pub fn thread(name: &str) -> Result<u32> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let path = entry?.path();
@@ -295,7 +295,7 @@ fn thread(name: &str) -> Result<u32> {
     }
 }
 
-fn cpu(pid: u32) -> Result<Duration> {
+pub fn cpu(pid: u32) -> Result<Duration> {
     let text = read(format!("/proc/{pid}/schedstat"))?;
     let ns = text.split_whitespace().next().unwrap_or("").parse()?;
     Ok(Duration::from_nanos(ns))

@@ -5,7 +5,9 @@
 mod balloons;
 mod bench;
 mod bench_cache;
+mod bench_swap;
 mod check;
+mod contention;
 mod demo;
 mod env;
 mod guest;
@@ -65,6 +67,9 @@ enum Task {
         /// Memory of the machine in MiB
         #[arg(long, default_value_t = 2048)]
         memory: u32,
+        /// More of the kernel's command line
+        #[arg(long, default_value = "")]
+        append: String,
     },
     /// The part of tests and demo that runs inside the virtual KVM host
     #[command(subcommand, hide = true)]
@@ -85,6 +90,12 @@ enum Inside {
     Bench,
     /// The part of it that compares 2 MiB pages, on the stock kernel
     BenchLarge,
+    /// The part of it on a host that is short of memory, with guests
+    BenchContention {
+        /// Only on this kind of memory; may be repeated
+        #[arg(long, value_enum)]
+        on: Vec<contention::On>,
+    },
     /// The demo
     Demo,
     /// Tests with real guests, in KTAP
@@ -118,6 +129,7 @@ fn work(task: Task) -> Result<ExitCode> {
             Inside::Bench => bench::run()? & bench_cache::run()?,
             Inside::BenchLarge => large::run()?,
             Inside::BenchCache => bench_cache::run()?,
+            Inside::BenchContention { on } => contention::run(&on)?,
             Inside::Demo => demo::run()?,
             Inside::Guests { fs, filter, rounds } => inside::guests(fs, &filter, rounds)?,
         };
@@ -166,6 +178,7 @@ fn work(task: Task) -> Result<ExitCode> {
             command,
             timeout,
             memory,
+            append,
         } => {
             match place {
                 vm::Place::KvmHost => drop(vm::guests(&kernel)?),
@@ -182,7 +195,7 @@ fn work(task: Task) -> Result<ExitCode> {
                 script: command,
                 timeout: Duration::from_secs(timeout),
                 memory_mib: memory,
-                append: String::new(),
+                append,
                 stream: true,
             };
             let run = vm::execute(&kernel, &job)?;
@@ -276,20 +289,40 @@ fn bench_host(kernel: &env::Kernel) -> Result<ExitCode> {
         append: String::new(),
         ..job.clone()
     };
-    for (job, report) in [(job, report), (large, large::report_path())] {
-        if report.exists() {
-            std::fs::remove_file(&report)?;
+    let contention = vm::Job {
+        name: "bench-contention".into(),
+        script: "exec /src/target/sysroot/release/xtask inside bench-contention\n".into(),
+        timeout: Duration::from_secs(60 * 60),
+        memory_mib: contention::HOST_MIB,
+        ..large.clone()
+    };
+    let jobs = [
+        (
+            job,
+            vec![
+                report,
+                bench_cache::report_path(),
+                bench_swap::report_path(),
+            ],
+        ),
+        (large, vec![large::report_path()]),
+        (contention, vec![contention::report_path()]),
+    ];
+    for (job, reports) in jobs {
+        for report in reports.iter().filter(|report| report.exists()) {
+            std::fs::remove_file(report)?;
         }
         let run = vm::execute(kernel, &job)?;
         for problem in &run.problems {
             step::say(format!("kernel: {problem}"));
         }
-        if run.exit != Some(0) || !run.problems.is_empty() || !report.exists() {
+        let all = reports.iter().all(|report| report.exists());
+        if run.exit != Some(0) || !run.problems.is_empty() || !all {
             step::say("the benchmark failed");
             return Ok(ExitCode::FAILURE);
         }
         step::say(format!("{} took {}", job.name, step::took(run.time)));
     }
-    step::say("reports: target/bench/scan.json, compress.json and large.json");
+    step::say("reports: target/bench/{scan,compress,swap,large,contention}.json");
     Ok(ExitCode::SUCCESS)
 }
