@@ -260,6 +260,7 @@ impl Ask for Socket {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::io::{BufRead, BufReader};
     use std::os::unix::net::UnixListener;
     use std::thread;
@@ -347,5 +348,66 @@ mod tests {
         assert_eq!(decode("TWE=").as_deref(), Some(&b"Ma"[..]));
         assert_eq!(decode("+/8=").as_deref(), Some(&[0xfb, 0xff][..]));
         assert_eq!(decode("a b"), None);
+    }
+
+    fn encode(bytes: &[u8]) -> String {
+        const DIGITS: &[u8; 64] =
+            b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        bytes
+            .chunks(3)
+            .flat_map(|three| {
+                let word = three
+                    .iter()
+                    .fold(0, |word, byte| (word << 8) | usize::from(*byte));
+                let word = word << (8 * (3 - three.len()));
+                (0..4).map(move |nth| match nth <= three.len() {
+                    true => DIGITS[(word >> (18 - 6 * nth)) & 63] as char,
+                    false => '=',
+                })
+            })
+            .collect()
+    }
+
+    /// An agent that gives these answers, one after the other.
+    struct Answers(Vec<Value>);
+
+    impl Ask for Answers {
+        fn ask(&mut self, command: &str, _: Value) -> Result<Value, AgentError> {
+            let answer = self.0.pop().unwrap_or_default();
+            match serde_json::from_value::<Answer>(answer) {
+                Ok(answer) => answer.value(command),
+                Err(error) => Err(AgentError::Refused(error.to_string())),
+            }
+        }
+    }
+
+    fn odd_answer() -> impl Strategy<Value = Value> {
+        let text = prop_oneof!["\\PC{0,12}", "[A-Za-z0-9+/=]{0,12}"];
+        prop_oneof![
+            Just(json!({})),
+            Just(json!(7)),
+            any::<i64>().prop_map(|n| json!({ "return": n })),
+            text.clone()
+                .prop_map(|text| json!({"return": {"buf-b64": text}})),
+            text.prop_map(|text| json!({"error": {"desc": text}})),
+            Just(json!({"error": 3})),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn base64_round_trips(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+            prop_assert_eq!(decode(&encode(&bytes)), Some(bytes));
+        }
+
+        #[test]
+        fn no_answer_panics(answers in prop::collection::vec(odd_answer(), 0..4)) {
+            let held = |text: &Value| text["return"]["buf-b64"].as_str().is_some();
+            let any = answers.iter().any(held);
+            if let Ok(Some(text)) = read_file(&mut Answers(answers)) {
+                prop_assert!(any || text.is_empty());
+                prop_assert!(text.len() <= 3 * MOST_BYTES);
+            }
+        }
     }
 }

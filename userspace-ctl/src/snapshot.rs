@@ -248,8 +248,9 @@ fn kb_or_nothing<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u6
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn sample(text: &str) -> VmSample {
         serde_json::from_str(text).unwrap()
@@ -293,5 +294,85 @@ mod tests {
         assert_eq!(figures.pressure_percent(), 200);
         vm.guest_total_kb = Some(0);
         assert_eq!(vm.figures().unwrap().pressure_percent(), u64::MAX);
+    }
+
+    fn kb() -> impl Strategy<Value = Option<u64>> {
+        let most = i64::MAX as u64;
+        prop_oneof![
+            Just(None),
+            Just(Some(most)),
+            (0..=most).prop_map(Some),
+            (0..1u64 << 30).prop_map(Some)
+        ]
+    }
+
+    /// Any host with any guests, as far as a file can hold them.
+    pub(crate) fn any_snapshot() -> impl Strategy<Value = Snapshot> {
+        let vm =
+            ("[a-c]|\\PC{1,8}", prop::array::uniform10(kb())).prop_map(|(name, kb)| VmSample {
+                name,
+                current_kb: kb[0],
+                committed_kb: kb[1],
+                guest_total_kb: kb[2],
+                guest_free_kb: kb[3],
+                guest_available_kb: kb[4],
+                active_kb: kb[5],
+                resident_kb: kb[6],
+                swapped_out_kb: kb[7],
+                reservation_kb: kb[8],
+                limit_kb: kb[9],
+            });
+        let host = (any::<u64>(), any::<u64>(), 0..1u64 << 40).prop_map(
+            |(total_kb, available_kb, reserved_kb)| HostSample {
+                total_kb,
+                available_kb,
+                reserved_kb,
+            },
+        );
+        // Eighths of seconds: JSON has them exactly.
+        let time = any::<u32>().prop_map(|eighths| f64::from(eighths) / 8.0);
+        (time, host, prop::collection::vec(vm, 0..5)).prop_map(|(now_s, host, vms)| Snapshot {
+            now_s,
+            host,
+            vms,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(snapshot in any_snapshot()) {
+            let text = serde_json::to_string(&snapshot).unwrap();
+            let read: Snapshot = serde_json::from_str(&text).unwrap();
+            prop_assert_eq!(&read, &snapshot);
+            for vm in &read.vms {
+                match vm.figures() {
+                    Ok(figures) => prop_assert_eq!(Some(figures.current_kb), vm.current_kb),
+                    Err(missing) => prop_assert!(!missing.is_empty()),
+                }
+            }
+        }
+
+        #[test]
+        fn a_file_that_is_not_whole_says_where(snapshot in any_snapshot(), cut in any::<usize>(), noise in "[a-z{}\",:\\[\\]]{1,4}") {
+            let dir = tempfile::TempDir::new().unwrap();
+            let path = dir.path().join("snapshot.json");
+            let mut text = serde_json::to_string_pretty(&snapshot).unwrap();
+            let at = text.char_indices().nth(cut % text.chars().count()).unwrap().0;
+            text.insert_str(at, &noise);
+            std::fs::write(&path, &text).unwrap();
+            match Snapshot::load(&path) {
+                // The noise stands in a name, or in a key that means nothing then.
+                Ok(read) => {
+                    let mut names = HashSet::new();
+                    prop_assert!(read.vms.iter().all(|vm| names.insert(&vm.name)));
+                    prop_assert_eq!(read.vms.len(), snapshot.vms.len());
+                }
+                Err(error) => {
+                    let said = error.to_string();
+                    prop_assert!(said.contains("snapshot.json"));
+                    prop_assert!(said.contains("line ") || said.contains("two VMs"), "{}", said);
+                }
+            }
+        }
     }
 }

@@ -293,3 +293,79 @@ fn io_error(path: &Path, doing: &'static str, cause: io::Error) -> Error {
         cause,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use tempfile::TempDir;
+
+    fn holding(bytes: &[u8]) -> (TempDir, Dir) {
+        let root = TempDir::new().unwrap();
+        fs::write(root.path().join("file"), bytes).unwrap();
+        let path = root.path().to_owned();
+        (root, Dir { path })
+    }
+
+    proptest! {
+        #[test]
+        fn numbers_are_what_they_say(text in "-?[0-9]{0,22}\n?|\\PC{0,5}") {
+            let (_root, dir) = holding(text.as_bytes());
+            let bare = text.strip_suffix('\n').unwrap_or(&text);
+            let digits = bare.bytes().all(|byte| byte.is_ascii_digit());
+            match dir.number("file") {
+                Ok(number) => {
+                    prop_assert!(digits);
+                    prop_assert_eq!(number, bare.parse().ok());
+                }
+                Err(error) => {
+                    prop_assert!(!digits || bare.parse::<u64>().is_err(), "{}", error);
+                    prop_assert!(error.to_string().contains("/file"), "{}", error);
+                }
+            }
+            match dir.signed("file") {
+                Ok(number) => prop_assert_eq!(number, bare.parse().ok()),
+                Err(_) => prop_assert!(!digits || bare.parse::<i64>().is_err()),
+            }
+        }
+
+        #[test]
+        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+            let (_root, dir) = holding(&bytes);
+            if let Ok(text) = dir.read("file") {
+                let text = text.unwrap();
+                prop_assert!(bytes.starts_with(text.as_bytes()));
+            }
+            let _ = dir.stat("file", |_, _| true);
+        }
+
+        #[test]
+        fn a_snapshot_gives_every_figure(
+            figures in prop::collection::btree_map("[a-z_]{1,9}", any::<u64>(), 0..9),
+            odd in prop::option::of("[a-z]{1,4}( [a-z]{1,4})?"),
+            at in any::<usize>(),
+        ) {
+            let mut lines: Vec<String> = figures.iter().map(|(name, n)| format!("{name} {n}")).collect();
+            let at = at % (lines.len() + 1);
+            if let Some(odd) = &odd {
+                lines.insert(at, odd.clone());
+            }
+            let (_root, dir) = holding((lines.join("\n") + "\n").as_bytes());
+            let mut seen = Vec::new();
+            let outcome = dir.stat("file", |name, value| {
+                seen.extend(value.map(|value| (name.to_owned(), value)));
+                true
+            });
+            match odd {
+                None => {
+                    prop_assert!(outcome.unwrap());
+                    prop_assert_eq!(seen, figures.into_iter().collect::<Vec<_>>());
+                }
+                Some(_) => {
+                    let said = outcome.unwrap_err().to_string();
+                    prop_assert!(said.contains(&format!("{}", at + 1)), "{}", said);
+                }
+            }
+        }
+    }
+}

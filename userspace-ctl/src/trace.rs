@@ -192,7 +192,9 @@ pub fn render(replay: &Replay, width: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::tests::any_snapshot;
     use crate::snapshot::{HostSample, VmSample};
+    use proptest::prelude::*;
     use std::fs;
 
     const G: u64 = 1 << 20;
@@ -273,5 +275,44 @@ mod tests {
         }
         fs::remove_file(&file).unwrap();
         assert!(load(&file).unwrap_err().contains("cannot read"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_trace_is_read_and_replayed(
+            snapshots in prop::collection::vec(any_snapshot(), 1..6),
+            policy in prop::sample::select(&PolicyKind::ALL[..]),
+            cut in 0usize..60,
+            noise in "[a-z{}\",:]{0,3}",
+        ) {
+            let mut snapshots = snapshots;
+            snapshots.sort_by(|a, b| a.now_s.total_cmp(&b.now_s));
+            let lines: Vec<_> =
+                snapshots.iter().map(|s| serde_json::to_string(s).unwrap()).collect();
+            let dir = tempfile::TempDir::new().unwrap();
+            let path = dir.path().join("trace");
+            // What was being written last is passed over.
+            fs::write(&path, lines.join("\n") + "\n" + &lines[0][..cut.min(1)]).unwrap();
+            let read = load(&path).unwrap();
+            prop_assert_eq!(&read, &snapshots);
+            let config = "[[vm]]\nname = 'a'\ndynamic_min = '1G'\ndynamic_max = '4G'\nstatic_max = '4G'\n\
+                          [[vm]]\nname = 'b'\ndynamic_min = '1G'\ndynamic_max = '1024T'\nstatic_max = '1024T'\n";
+            let config = Config::parse(config).unwrap();
+            let replayed = replay(&config, Some(policy), &read);
+            prop_assert_eq!(replayed.steps.len(), read.len());
+            for vm in &replayed.vms {
+                prop_assert!(vm.ready <= vm.seen);
+                prop_assert!(vm.least_kb <= vm.mean_kb && vm.mean_kb <= vm.most_kb);
+            }
+            // Noise in a line is told with its number, or changes nothing of the others.
+            let at = lines[0].char_indices().nth(cut).map_or(0, |(at, _)| at);
+            let mut spoiled = lines.clone();
+            spoiled[0].insert_str(at, &noise);
+            fs::write(&path, spoiled.join("\n") + "\n").unwrap();
+            match load(&path) {
+                Ok(read) => prop_assert_eq!(&read[1..], &snapshots[1..]),
+                Err(error) => prop_assert!(error.contains("trace:1: ") || error.contains("trace:2: its time"), "{}", error),
+            }
+        }
     }
 }

@@ -164,6 +164,7 @@ fn parse(text: &str) -> MemoryStats {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn what_libvirt_calls_the_figures() {
@@ -181,5 +182,23 @@ mod tests {
         let got = parse("actual 1048576\nlast_update 0\nrss 1137396\n");
         assert_eq!((got.actual_kb, got.stats), (Some(1_048_576), None));
         assert_eq!(parse("rss 5\nodd\nmore x\n"), MemoryStats::default());
+    }
+
+    proptest! {
+        #[test]
+        fn figures_are_those_of_their_names(text in "((actual|usable|last_update|unused|rss| |x) ?[0-9a-z-]{0,21}\r?\n){0,9}") {
+            let got = parse(&text);
+            let told = |name: &str| {
+                let lines = text.lines().filter_map(|line| line.trim().strip_prefix(name)?.strip_prefix(' '));
+                lines.filter_map(|value| value.trim().parse().ok()).last()
+            };
+            prop_assert_eq!(got.actual_kb, told("actual"));
+            let update: Option<u64> = told("last_update");
+            prop_assert_eq!(got.stats.is_some(), update.is_some_and(|at| at > 0));
+            if let Some(stats) = got.stats {
+                prop_assert_eq!(stats.available_kb, told("usable"));
+                let _ = stats.swapped_out_kb();
+            }
+        }
     }
 }

@@ -227,6 +227,7 @@ fn strip_time(line: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn failed(text: &str) -> Vec<String> {
         parse(text)
@@ -308,5 +309,53 @@ mod tests {
             failed("KTAP version 1\n1..1\nok 1 a\nKTAP version 1\n1..0\n"),
             ["KTAP"]
         );
+    }
+
+    fn outcome() -> impl Strategy<Value = Outcome> {
+        prop_oneof![
+            4 => Just(Outcome::Pass),
+            1 => Just(Outcome::Fail(String::new())),
+            1 => "[a-z]{1,9}".prop_map(Outcome::Skip),
+        ]
+    }
+
+    fn line(nth: usize, test: &Test) -> String {
+        let (ok, directive) = match &test.outcome {
+            Outcome::Pass => ("ok", String::new()),
+            Outcome::Fail(_) => ("not ok", String::new()),
+            Outcome::Skip(why) => ("ok", format!(" # SKIP {why}")),
+        };
+        format!("{ok} {} {}{directive}", nth + 1, test.name)
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics_or_passes_unplanned(text in "(\\PC|\n|    |ok 1 a\n|not ok |# |1\\.\\.[0-9]|KTAP version 1\n|\\[ 0\\.1\\] ){0,40}") {
+            let tests = parse(&text);
+            prop_assert!(!tests.is_empty());
+            let has_plan = text.contains("1..");
+            prop_assert!(has_plan || tests.iter().any(|t| matches!(t.outcome, Outcome::Fail(_))));
+        }
+
+        #[test]
+        fn every_result_counts(
+            outcomes in prop::collection::vec(outcome(), 1..20),
+            stamped in any::<bool>(),
+            lost in any::<usize>(),
+        ) {
+            let tests: Vec<Test> = outcomes
+                .into_iter()
+                .enumerate()
+                .map(|(nth, outcome)| Test { name: format!("t{nth}"), outcome })
+                .collect();
+            let stamp = if stamped { "[    1.5] " } else { "" };
+            let mut lines = vec![format!("{stamp}KTAP version 1"), format!("{stamp}1..{}", tests.len())];
+            lines.extend(tests.iter().enumerate().map(|(nth, test)| format!("{stamp}{}", line(nth, test))));
+            prop_assert_eq!(parse(&lines.join("\nnoise\n")), tests);
+            // Without one of them, the plan or a result, the run is a failure.
+            lines.remove(1 + lost % (lines.len() - 1));
+            let left = parse(&lines.join("\n"));
+            prop_assert!(left.iter().any(|t| t.name == "KTAP" && matches!(t.outcome, Outcome::Fail(_))));
+        }
     }
 }

@@ -149,6 +149,7 @@ fn usable(path: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn find(line: &str) -> Option<String> {
         let words: Vec<&str> = line.split(' ').collect();
@@ -234,5 +235,25 @@ mod tests {
         assert_eq!(found, Some(PathBuf::from("/run/a.agent")));
         assert_eq!(agent_of_command_line(&words[..6]), None);
         assert_eq!(agent_of_command_line(&words[3..]), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_command_line_panics(words in prop::collection::vec("-qmp|-mon|-chardev|-name|-device|unix:[/a,]{0,5}|socket,id=[ab],path=/[a-z/,]{0,4}|chardev=[ab],mode=control|guest=[a,]{0,6}|\\PC{0,9}", 0..10)) {
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            if let Some(path) = qmp_of_command_line(&words) {
+                let path = path.to_str().unwrap();
+                prop_assert!(!path.is_empty() && words.iter().any(|word| word.contains(path)));
+            }
+            prop_assert!(domain_of_command_line(&words).is_none(), "no monitor is libvirt's here");
+            let _ = agent_of_command_line(&words);
+        }
+
+        #[test]
+        fn names_of_domains_come_back(name in "[a-z,=]{1,12}") {
+            let guest = format!("guest={},debug-threads=on", name.replace(',', ",,"));
+            let words = ["-name", &guest, "-mon", "chardev=charmonitor,id=monitor"];
+            prop_assert_eq!(domain_of_command_line(&words), Some(Domain(name)));
+        }
     }
 }

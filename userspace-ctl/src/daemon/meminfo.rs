@@ -28,6 +28,7 @@ pub fn read(root: &Path) -> Result<HostSample, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn figures_and_what_is_missing() {
@@ -53,5 +54,24 @@ mod tests {
             .unwrap_err()
             .contains("has no figure MemAvailable"));
         assert!(read(Path::new("/")).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn figures_or_the_name_of_what_is_missing(text in "((MemTotal|MemAvailable|MemFree): {0,3}[0-9x]{0,22}( kB)?\n){0,5}") {
+            let dir = tempfile::TempDir::new().unwrap();
+            fs::create_dir(dir.path().join("proc")).unwrap();
+            fs::write(dir.path().join("proc/meminfo"), &text).unwrap();
+            match read(dir.path()) {
+                Ok(sample) => {
+                    for (name, kb) in [("MemTotal", sample.total_kb), ("MemAvailable", sample.available_kb)] {
+                        let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+                        let digits = line.trim_start_matches(|c: char| !c.is_ascii_digit());
+                        prop_assert_eq!(digits.trim_end_matches(" kB").parse(), Ok(kb));
+                    }
+                }
+                Err(error) => prop_assert!(error.contains("has no figure Mem"), "{}", error),
+            }
+        }
     }
 }

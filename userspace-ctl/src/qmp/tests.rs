@@ -3,6 +3,7 @@
 //! The client against servers that behave in every way.
 
 use super::*;
+use proptest::prelude::*;
 use serde_json::json;
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;
@@ -344,4 +345,91 @@ fn events_are_waited_for_and_bounded() {
     );
     assert_eq!(client.events(PATIENT).unwrap()[0].event, "E7");
     assert!(client.events(Duration::from_millis(20)).unwrap().is_empty());
+}
+
+/// A client whose other side said these bytes, some of which it has read, and hung up.
+fn client_of(read: &[u8], unread: &[u8]) -> Client {
+    let (stream, mut other) = UnixStream::pair().unwrap();
+    stream.set_nonblocking(true).unwrap();
+    other.write_all(unread).unwrap();
+    // It reads what it is asked, and answers no more.
+    other.shutdown(std::net::Shutdown::Write).unwrap();
+    thread::spawn(move || other.read_to_end(&mut Vec::new()));
+    Client {
+        path: PathBuf::from("/run/qmp"),
+        stream,
+        limit: PATIENT,
+        unread: read.to_vec(),
+        events: VecDeque::new(),
+        last_id: 0,
+    }
+}
+
+/// What a peer may send in a line, good and bad.
+fn line() -> impl Strategy<Value = Vec<u8>> {
+    let word = "[a-z{}\\[\\]\",:0-9 \\\\]{0,30}";
+    prop_oneof![
+        2 => (0u64..4).prop_map(|id| format!(r#"{{"return": {{}}, "id": {id}}}"#).into_bytes()),
+        1 => (0u64..4).prop_map(|id| {
+            format!(r#"{{"error": {{"class": "C", "desc": "d"}}, "id": {id}}}"#).into_bytes()
+        }),
+        2 => Just(br#"{"event": "BALLOON_CHANGE", "data": {"actual": 1}}"#.to_vec()),
+        1 => Just(br#"{"return": 1, "error": 2, "id": 1}"#.to_vec()),
+        1 => Just(br#"{"event": 7}"#.to_vec()),
+        1 => Just(b" \r".to_vec()),
+        1 => word.prop_map(String::into_bytes),
+        1 => prop::collection::vec(any::<u8>(), 0..40),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn no_answer_is_made_up(lines in prop::collection::vec(line(), 0..8)) {
+        let bytes = lines.join(&b'\n');
+        let mut client = client_of(&[], &bytes);
+        let outcome = client.execute(&Capabilities {});
+        // The answer to the first command has its id, or none; all before it was no other end of it.
+        let whole = bytes.split(|byte| *byte == b'\n').count().saturating_sub(1);
+        let said = bytes.split(|byte| *byte == b'\n').take(whole);
+        let values = || said.clone().filter_map(|line| serde_json::from_slice::<Value>(line).ok());
+        let its_own = |value: &Value| value["id"].as_u64().is_none_or(|id| id == 1);
+        match outcome {
+            Ok(Nothing {}) => {
+                prop_assert!(values().any(|v| v["return"].is_object() && its_own(&v)));
+            }
+            Err(QmpError::Refused { class, desc, .. }) => {
+                prop_assert_eq!((class.as_str(), desc.as_str()), ("C", "d"));
+                prop_assert!(values().any(|v| v["error"].is_object() && its_own(&v)));
+            }
+            Err(QmpError::NotQmp { content, .. }) => {
+                prop_assert!(content.chars().count() <= 60 && !content.contains('\n'));
+            }
+            Err(QmpError::Closed { .. }) => {}
+            Err(error) => prop_assert!(false, "{}", error),
+        }
+        let events = values().filter(|v| v["event"].is_string()).count();
+        prop_assert!(client.events.len() <= events);
+    }
+
+    #[test]
+    fn it_does_not_matter_how_bytes_come(events in 0usize..5, old in 0u64..3, cut in 0usize..400) {
+        let mut text = String::new();
+        for n in 0..events {
+            text += &format!("{{\"event\": \"E{n}\", \"data\": {{\"n\": {n}}}}}\r\n");
+        }
+        // Answers to commands that were given up; the next one is number 1.
+        for n in 0..old {
+            text += &format!("{{\"return\": {{\"old\": {n}}}, \"id\": {}}}\n\r\n", n + 2);
+        }
+        text += "{\"return\": {}, \"id\": 1}\n";
+        let (read, unread) = text.as_bytes().split_at(cut.min(text.len()));
+        let mut client = client_of(read, unread);
+        let answered = client.execute(&Capabilities {}).is_ok();
+        prop_assert!(answered);
+        let names: Vec<_> = client.events.iter().map(|event| event.event.clone()).collect();
+        let expected: Vec<_> = (0..events).map(|n| format!("E{n}")).collect();
+        prop_assert_eq!(names, expected);
+    }
 }
