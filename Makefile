@@ -18,7 +18,7 @@ all: preflight
 preflight:
 	@KDIR="$(KDIR)" KVER="$(RELEASE)" scripts/preflight
 
-kdir module check test demo bench host-shell uml-shell setup:
+kdir module check test coverage demo bench host-shell uml-shell setup:
 	@scripts/bootstrap $@ $(ARGS)
 
 ctl:
@@ -51,9 +51,10 @@ help:
 	@echo 'Anywhere (in a Debian sysroot that is made below ~/.cache/thinram):'
 	@echo '  make demo       three KVM guests share memory on a stock kernel'
 	@echo '  make test       every test;   make check   formatting, lints, layering'
+	@echo '  make coverage   which lines the host'"'"'s tests run'
 	@echo '  make bench      ThinRAM against KSM, zswap and hugetlbfs'
 	@echo '  make module     build thinram.ko for the stock Debian kernel'
 	@echo '  make host-shell a shell in the KVM host;  make uml-shell  in UML'
 	@echo '  make clean      remove target/'
 
-.PHONY: all preflight kdir module check test demo bench host-shell uml-shell setup ctl install clean help
+.PHONY: all preflight kdir module check test coverage demo bench host-shell uml-shell setup ctl install clean help

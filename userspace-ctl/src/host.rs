@@ -51,6 +51,12 @@ figures! {
         split_pages_gained,
         /// Time that splits took, in us.
         split_us,
+        /// 2 MiB pages that were made of pages of 4 KiB.
+        collapses,
+        /// Time that this took, in us.
+        collapse_us,
+        /// Page tables that were taken away for it.
+        collapse_tables_freed,
         /// Pages that were compressed.
         compressions,
         /// Pages that were brought back.
@@ -61,6 +67,10 @@ figures! {
         shared_decompressions,
         /// Pages that could not be brought back.
         decompressions_failed,
+        /// Times that the kernel's own reclaim asked for memory.
+        shrinker_calls,
+        /// Pages that it got at once.
+        shrinker_freed_pages,
         /// Pages that were written to swap.
         swap_outs,
         /// Pages that were read from swap.

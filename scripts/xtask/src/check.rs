@@ -6,7 +6,7 @@ use crate::env::{read, src, target, Kernel};
 use crate::ktap::Test;
 use crate::lint;
 use crate::step::{run, say, tied};
-use crate::{env, promtool, setup};
+use crate::{abi, env, promtool, setup};
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 
@@ -61,6 +61,7 @@ pub fn all(k: &Kernel) -> Result<Vec<Test>> {
     }));
     tests.push(rule("C: only rust/helpers.c and headers", &text, foreign_c));
     tests.push(rule("SPDX line on every source file", &text, spdx));
+    tests.extend(abi::tests()?);
     tests.extend(promtool::tests()?);
     if src("rust/thinram.rs").exists() {
         tests.push(clippy_module(k)?);

@@ -2,6 +2,7 @@
 
 //! The work behind `make`: sysroot, kernels, boots, verdicts, reports.
 
+mod abi;
 mod balloons;
 mod bench;
 mod bench_cache;
@@ -12,6 +13,7 @@ mod demo;
 mod env;
 mod guest;
 mod inside;
+mod instrumented;
 mod ktap;
 mod kvm_selftests;
 mod large;
@@ -50,6 +52,10 @@ enum Task {
     Check,
     /// Every test
     Test,
+    /// The unit tests under the address sanitizer
+    Sanitizer,
+    /// Which lines the host's tests run; target/coverage/table.txt
+    Coverage,
     /// Three KVM guests share memory on the stock kernel; target/demo/report.json
     Demo,
     /// ThinRAM against KSM, zswap and hugetlbfs; target/bench/*.json
@@ -141,7 +147,7 @@ fn work(task: Task) -> Result<ExitCode> {
     }
     let kernel = setup::packages()?;
     let _lock = match task {
-        Task::Test | Task::Demo | Task::Bench => Some(step::lock_checkout()?),
+        Task::Test | Task::Coverage | Task::Demo | Task::Bench => Some(step::lock_checkout()?),
         _ => None,
     };
     match task {
@@ -171,6 +177,14 @@ fn work(task: Task) -> Result<ExitCode> {
             )]))
         }
         Task::Test => return Ok(report::show(&suites::all(&kernel))),
+        Task::Sanitizer => {
+            return Ok(report::show(&[report::Suite::run(
+                report::Kind::Host,
+                "unit tests, address sanitizer",
+                instrumented::address_sanitizer,
+            )]))
+        }
+        Task::Coverage => instrumented::coverage()?,
         Task::Bench => return bench_host(&kernel),
         Task::Demo => return demo_host(&kernel),
         Task::Run {

@@ -7,7 +7,7 @@ use crate::ktap::{self, Outcome, Test};
 use crate::report::{Kind, Suite};
 use crate::step::{run, say, tied};
 use crate::vm::{self, Job, Place};
-use crate::{check, setup};
+use crate::{check, instrumented, setup};
 use anyhow::Result;
 use std::path::Path;
 use std::time::Duration;
@@ -18,6 +18,11 @@ const MINUTE: Duration = Duration::from_secs(60);
 pub fn all(k: &Kernel) -> Vec<Suite> {
     let mut suites = vec![
         Suite::run(Kind::Host, "unit tests", workspace),
+        Suite::run(
+            Kind::Host,
+            "unit tests, address sanitizer",
+            instrumented::address_sanitizer,
+        ),
         Suite::run(Kind::Host, "check", || check::all(k)),
     ];
     let module = Suite::run(Kind::Host, "module for the stock kernel", || {
@@ -100,7 +105,7 @@ fn workspace() -> Result<Vec<Test>> {
 }
 
 /// The tests in the output of `cargo test`.
-fn unit_tests(text: &str, log: &Path) -> Vec<Test> {
+pub fn unit_tests(text: &str, log: &Path) -> Vec<Test> {
     let mut krate = String::new();
     let mut tests = Vec::new();
     for line in text.lines() {
@@ -178,7 +183,11 @@ fn proofs(k: &Kernel) -> Result<Vec<Test>> {
         "sh -c '{scenario} run --filter debug/ --mount /run/thinram; \
          {scenario} prove --mount /run/thinram --disk /run/disk --scratch /dev/ubdb'"
     );
-    let mut job = job("proofs", Place::UmlDebug, &script);
+    prove(k, job("proofs", Place::UmlDebug, &script))
+}
+
+/// Runs such a job: it may bring warnings of the kernel, but has to end.
+fn prove(k: &Kernel, mut job: Job) -> Result<Vec<Test>> {
     job.append += " panic_on_warn=0";
     let run = vm::execute(k, &job)?;
     let mut tests = ktap::parse(&run.output);
@@ -207,15 +216,7 @@ fn large_proofs(k: &Kernel) -> Result<Vec<Test>> {
          {scenario} run --filter debug/ --patience 4 --mount /run/thinram; \
          {scenario} prove --protection large --patience 4 --mount /run/thinram'"
     );
-    let mut job = job("large-proofs", Place::SmpHost, &script);
-    job.append += " panic_on_warn=0";
-    let run = vm::execute(k, &job)?;
-    let mut tests = ktap::parse(&run.output);
-    if run.exit.is_none() {
-        let why = format!("the run did not end, logs in {}", run.dir.display());
-        tests.push(Test::fail("proofs end", why));
-    }
-    Ok(tests)
+    prove(k, job("large-proofs", Place::SmpHost, &script))
 }
 
 fn guests(k: &Kernel) -> Result<Vec<Test>> {

@@ -114,6 +114,15 @@ fn pack(ctx: &Ctx, pages: usize) -> Result<()> {
     force(ctx, "none")
 }
 
+/// Merges once more, until that many pages are saved, and packs them.
+fn merge_and_pack(ctx: &Ctx, sharing: u64, pages: usize) -> Result<()> {
+    let sys = ctx.sys();
+    sys.set("run", 1)?;
+    ctx.until_is("pages_sharing", sharing, SOON)?;
+    sys.set("run", 0)?;
+    pack(ctx, pages)
+}
+
 /// What the host says of shared pages, in one place: KiB in frames and compressed, pages shared and
 /// sharing.
 fn figures(ctx: &Ctx) -> Result<[u64; 4]> {
@@ -364,10 +373,7 @@ fn unshare(ctx: &Ctx) -> Result<()> {
         guest.holds(0, PAGES, 1)?;
     }
     // And once more from the start.
-    sys.set("run", 1)?;
-    ctx.until_is("pages_sharing", 2 * PAGES as u64, SOON)?;
-    sys.set("run", 0)?;
-    pack(ctx, PAGES)?;
+    merge_and_pack(ctx, 2 * PAGES as u64, PAGES)?;
     for guest in &guests {
         guest.holds(0, PAGES, 1)?;
     }
@@ -397,10 +403,7 @@ fn domains(ctx: &Ctx) -> Result<()> {
     pack(ctx, PAGES)?;
     // In the new scope c's pages, brought back as well, meet what is compressed there.
     guests[2].holds(0, PAGES, 1)?;
-    sys.set("run", 1)?;
-    ctx.until_is("pages_sharing", 2 * all, SOON)?;
-    sys.set("run", 0)?;
-    pack(ctx, PAGES)?;
+    merge_and_pack(ctx, 2 * all, PAGES)?;
     sys.set("share_scope", "domain")?;
     for guest in &guests {
         guest.holds(0, PAGES, 1)?;
@@ -514,9 +517,7 @@ fn incompressible(ctx: &Ctx) -> Result<()> {
     let mut guests = Vec::new();
     for name in ["a", "b"] {
         let guest = mount.guest(name, PAGES)?;
-        for page in 0..PAGES {
-            guest.map.write_page(page, &content::noise(page as u64));
-        }
+        guest.fill_noise(0, PAGES);
         guests.push(guest);
     }
     sys.flat_out()?;
@@ -529,14 +530,7 @@ fn incompressible(ctx: &Ctx) -> Result<()> {
     force(ctx, "none")?;
     eq("all in frames", figures(ctx)?, [4 * all, 0, all, all])?;
     for guest in &guests {
-        for page in 0..PAGES {
-            let what = format!("page {page} of {}", guest.name);
-            page_is(
-                what,
-                &guest.map.read_page(page),
-                &content::noise(page as u64),
-            )?;
-        }
+        guest.holds_noise(0, PAGES)?;
     }
     Ok(())
 }

@@ -222,22 +222,14 @@ fn limit_unmet(ctx: &Ctx) -> Result<()> {
     let vm = guest.sysfs(ctx);
     vm.set("limit_kb", 100)?;
     let start = Instant::now();
-    for page in 0..256 {
-        guest.map.write_page(page, &content::noise(page as u64));
-    }
+    guest.fill_noise(0, 256);
     // Each new page may wait, none for ever.
     ensure!(
         start.elapsed() < ctx.limit(120.0),
         "256 pages took {:?}",
         start.elapsed()
     );
-    for page in 0..256 {
-        page_is(
-            format!("page {page}"),
-            &guest.map.read_page(page),
-            &content::noise(page as u64),
-        )?;
-    }
+    guest.holds_noise(0, 256)?;
     eq("private_kb", vm.get("private_kb")?, 1024)?;
     within("stall_us", vm.get("stall_us")?, 1, u64::MAX)?;
     vm.stat()?.check_sum()
@@ -246,9 +238,7 @@ fn limit_unmet(ctx: &Ctx) -> Result<()> {
 fn incompressible(ctx: &Ctx) -> Result<()> {
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = mount.guest("web", 512)?;
-    for page in 0..512 {
-        guest.map.write_page(page, &content::noise(page as u64));
-    }
+    guest.fill_noise(0, 512);
     let name = "compressions_refused_incompressible";
     let before = ctx.sys().get(name)?;
     force(ctx, "hard")?;
@@ -256,13 +246,7 @@ fn incompressible(ctx: &Ctx) -> Result<()> {
     let vm = guest.sysfs(ctx);
     eq("compressed_kb", vm.get("compressed_kb")?, 0)?;
     eq("private_kb", vm.get("private_kb")?, 2048)?;
-    for page in 0..512 {
-        page_is(
-            format!("page {page}"),
-            &guest.map.read_page(page),
-            &content::noise(page as u64),
-        )?;
-    }
+    guest.holds_noise(0, 512)?;
     Ok(())
 }
 
@@ -652,9 +636,7 @@ fn low(ctx: &Ctx) -> Result<()> {
     // Noise, so that reclaim does not change who holds what.
     let guest = |name: &str, pages: usize| -> Result<Guest> {
         let guest = mount.guest(name, 8192)?;
-        for page in 0..pages {
-            guest.map.write_page(page, &content::noise(page as u64));
-        }
+        guest.fill_noise(0, pages);
         Ok(guest)
     };
     let (big, small) = (guest("big", 4096)?, guest("small", 64)?);
@@ -769,14 +751,7 @@ fn shrinker(ctx: &Ctx) -> Result<()> {
     eq("figures of a reservation", figures()?, before)?;
     force(ctx, "none")?;
     guest.holds(0, PAGES / 2, seed)?;
-    for page in PAGES / 2..PAGES {
-        let what = format!("page {page}");
-        page_is(
-            what,
-            &guest.map.read_page(page),
-            &content::noise(page as u64),
-        )?;
-    }
+    guest.holds_noise(PAGES / 2, PAGES)?;
     Ok(())
 }
 

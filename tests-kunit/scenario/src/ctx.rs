@@ -376,6 +376,23 @@ impl Guest {
         Ok(())
     }
 
+    /// Fills pages `from..to` with what does not compress, each with its own.
+    pub fn fill_noise(&self, from: usize, to: usize) {
+        for page in from..to {
+            self.map.write_page(page, &content::noise(page as u64));
+        }
+    }
+
+    /// Pages `from..to` hold what [`Guest::fill_noise`] wrote.
+    pub fn holds_noise(&self, from: usize, to: usize) -> Result<()> {
+        for page in from..to {
+            let what = format!("{} page {page}", self.name);
+            let expected = content::noise(page as u64);
+            check::page_is(what, &self.map.read_page(page), &expected)?;
+        }
+        Ok(())
+    }
+
     /// Pages `from..to` hold zeroes.
     pub fn is_zero(&self, from: usize, to: usize) -> Result<()> {
         for page in from..to {

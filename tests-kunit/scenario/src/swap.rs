@@ -219,24 +219,6 @@ fn push_out(ctx: &Ctx, guest: &Guest, pages: usize) -> Result<()> {
     force(ctx, "none")
 }
 
-fn fill_noise(guest: &Guest, pages: usize) {
-    for page in 0..pages {
-        guest.map.write_page(page, &content::noise(page as u64));
-    }
-}
-
-fn holds_noise(guest: &Guest, pages: usize) -> Result<()> {
-    for page in 0..pages {
-        let what = format!("{} page {page}", guest.name);
-        page_is(
-            what,
-            &guest.map.read_page(page),
-            &content::noise(page as u64),
-        )?;
-    }
-    Ok(())
-}
-
 /// The guest's file, mapped by the running process: a fork does not inherit mappings of it.
 fn map_again(guest: &Guest) -> Result<Map> {
     Ok(Map::shared(&guest.file, 0, guest.map.pages() * PAGE, RW)?)
@@ -329,13 +311,13 @@ fn incompressible(ctx: &Ctx) -> Result<()> {
     let _disk = Disk::new(ctx)?;
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = mount.guest("web", PAGES)?;
-    fill_noise(&guest, PAGES);
+    guest.fill_noise(0, PAGES);
     let name = "compressions_refused_incompressible";
     let before = ctx.sys().get(name)?;
     push_out(ctx, &guest, PAGES)?;
     ctx.until_least(name, before + PAGES as u64, SOON)?;
     eq("resident_kb", guest.sysfs(ctx).get("resident_kb")?, 0)?;
-    holds_noise(&guest, PAGES)
+    guest.holds_noise(0, PAGES)
 }
 
 fn cap(ctx: &Ctx) -> Result<()> {
@@ -434,7 +416,7 @@ fn holes(ctx: &Ctx) -> Result<()> {
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = mount.guest("web", PAGES)?;
     let vm = guest.sysfs(ctx);
-    fill_noise(&guest, PAGES);
+    guest.fill_noise(0, PAGES);
     push_out(ctx, &guest, PAGES)?;
     let file_kb = vm.get("swap_file_kb")?;
     let bytes = (PAGES * PAGE) as u64;
@@ -444,20 +426,13 @@ fn holes(ctx: &Ctx) -> Result<()> {
     sys::ftruncate(&guest.file, bytes as i64 / 4 * 3)?;
     eq("swapped_kb", vm.get("swapped_kb")?, 4 * PAGES as u64 / 4)?;
     sys::ftruncate(&guest.file, bytes as i64)?;
-    for page in PAGES / 2..PAGES / 4 * 3 {
-        let what = format!("page {page}");
-        page_is(
-            what,
-            &guest.map.read_page(page),
-            &content::noise(page as u64),
-        )?;
-    }
+    guest.holds_noise(PAGES / 2, PAGES / 4 * 3)?;
     // Three times over: the room of what is gone is used again.
     for _ in 0..3 {
-        fill_noise(&guest, PAGES);
+        guest.fill_noise(0, PAGES);
         push_out(ctx, &guest, PAGES)?;
         vm.stat()?.check_sum()?;
-        holds_noise(&guest, PAGES)?;
+        guest.holds_noise(0, PAGES)?;
     }
     within(
         "swap_file_kb",
@@ -488,15 +463,15 @@ fn mount_option(ctx: &Ctx) -> Result<()> {
         "{mounts}"
     );
     let (a, b) = (with.guest("a", 512)?, without.guest("b", 512)?);
-    fill_noise(&a, 512);
-    fill_noise(&b, 512);
+    a.fill_noise(0, 512);
+    b.fill_noise(0, 512);
     force(ctx, "hard")?;
     until_vm(ctx, &a, "swapped_kb", |kb| kb == 2048)?;
     eq("swapped_kb of b", b.sysfs(ctx).get("swapped_kb")?, 0)?;
     eq("private_kb of b", b.sysfs(ctx).get("private_kb")?, 2048)?;
     force(ctx, "none")?;
-    holds_noise(&a, 512)?;
-    holds_noise(&b, 512)
+    a.holds_noise(0, 512)?;
+    b.holds_noise(0, 512)
 }
 
 fn drain(ctx: &Ctx) -> Result<()> {
@@ -553,7 +528,7 @@ fn full_disk(ctx: &Ctx, path: &Path, pages: usize) -> Result<()> {
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = mount.guest("web", pages)?;
     let vm = guest.sysfs(ctx);
-    fill_noise(&guest, pages);
+    guest.fill_noise(0, pages);
     let refused = sys.get("swap_outs_refused_no_space")?;
     force(ctx, "hard")?;
     ctx.until_least("swap_outs_refused_no_space", refused + 1, SOON)?;
@@ -566,12 +541,12 @@ fn full_disk(ctx: &Ctx, path: &Path, pages: usize) -> Result<()> {
         4 * pages as u64 - stat.get("swapped_kb")?,
     )?;
     force(ctx, "none")?;
-    holds_noise(&guest, pages)?;
+    guest.holds_noise(0, pages)?;
     // And once more, with what came free.
     force(ctx, "hard")?;
     until_vm(ctx, &guest, "swapped_kb", |kb| kb > 2048)?;
     force(ctx, "none")?;
-    holds_noise(&guest, pages)
+    guest.holds_noise(0, pages)
 }
 
 /// A VM whose pages were in swap and are back, and whose disk fails from now on.
@@ -582,9 +557,9 @@ fn write_fails(ctx: &Ctx) -> Result<()> {
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = mount.guest("web", PAGES)?;
     let vm = guest.sysfs(ctx);
-    fill_noise(&guest, PAGES);
+    guest.fill_noise(0, PAGES);
     push_out(ctx, &guest, PAGES)?;
-    holds_noise(&guest, PAGES)?;
+    guest.holds_noise(0, PAGES)?;
     eq("swapped_kb", vm.get("swapped_kb")?, 0)?;
     let (outs, failed) = (vm.get("swap_outs")?, sys.get("swap_writes_failed")?);
     sys::shut_down(&disk.path)?;
@@ -607,7 +582,7 @@ fn write_fails(ctx: &Ctx) -> Result<()> {
             read => read?,
         }
     }
-    holds_noise(&guest, PAGES)?;
+    guest.holds_noise(0, PAGES)?;
     eq("swap_outs", vm.get("swap_outs")?, outs)?;
     drop(guest);
     drop(mount);
@@ -620,7 +595,7 @@ fn read_fails(ctx: &Ctx) -> Result<()> {
     let sys = ctx.sys();
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = mount.guest("web", PAGES)?;
-    fill_noise(&guest, PAGES);
+    guest.fill_noise(0, PAGES);
     push_out(ctx, &guest, PAGES)?;
     let failed = sys.get("swap_reads_failed")?;
     sys::shut_down(&disk.path)?;
@@ -661,7 +636,7 @@ fn corrupt(ctx: &Ctx) -> Result<()> {
     let sys = ctx.sys();
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = mount.guest("web", PAGES)?;
-    fill_noise(&guest, PAGES);
+    guest.fill_noise(0, PAGES);
     let before = disk.bytes()?;
     push_out(ctx, &guest, PAGES)?;
     until_vm(ctx, &guest, "swap_outs", |n| n + 16 >= PAGES as u64)?;
@@ -772,7 +747,7 @@ fn killed(ctx: &Ctx) -> Result<()> {
         let mut mount = ctx.mount("m", "size=64M,domain=lab")?;
         {
             let guest = mount.guest("web", PAGES)?;
-            fill_noise(&guest, PAGES);
+            guest.fill_noise(0, PAGES);
             force(ctx, "hard")?;
             let mut child = sys::fork(|| {
                 let map = map_again(&guest)?;
@@ -802,7 +777,7 @@ fn ends(ctx: &Ctx) -> Result<()> {
     let before = disk.used_blocks()?;
     let mut mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = mount.guest("web", PAGES)?;
-    fill_noise(&guest, PAGES);
+    guest.fill_noise(0, PAGES);
     push_out(ctx, &guest, PAGES)?;
     ensure!(
         disk.used_blocks()? > before + 1000,
