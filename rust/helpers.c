@@ -490,7 +490,14 @@ static const struct file_operations thinram_file_ops = {
 	.splice_write	= iter_file_splice_write,
 };
 
+/* A program is mapped private, which is refused: too late for execve(2) to fail, it would kill. */
+static int thinram_permission(struct mnt_idmap *idmap, struct inode *inode, int mask)
+{
+	return mask & MAY_EXEC ? -EACCES : generic_permission(idmap, inode, mask);
+}
+
 static const struct inode_operations thinram_file_inode_ops = {
+	.permission	= thinram_permission,
 	.setattr	= thinram_rs_setattr,
 	.getattr	= thinram_rs_getattr,
 };

@@ -3,8 +3,9 @@
 //! Files where ThinRAM is otherwise than tmpfs: rows of docs/limits.md.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -60,7 +61,30 @@ pub const CASES: &[Case] = &[
         "umount -l under a mapping: the memory stays until its end",
         detach,
     ),
+    Case::both(
+        "fs/exec",
+        "a program on it does not start: EACCES, also for root",
+        exec,
+    ),
 ];
+
+fn exec(ctx: &Ctx) -> Result<()> {
+    let mount = ctx.mount("m", "size=64M")?;
+    let path = mount.mkdir("web")?.join("program");
+    let program = fs::read(std::env::current_exe()?)?;
+    fs::write(&path, &program).context("copy a program")?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    let run = Command::new(&path)
+        .arg("list")
+        .stdout(Stdio::null())
+        .status();
+    if ctx.is_thinram() {
+        fails("execve", run, Errno::EACCES)?;
+        // It is a file as any other.
+        return bytes_are("the file", &fs::read(&path)?, &program);
+    }
+    that("the program runs", run?.success())
+}
 
 fn size_percent(ctx: &Ctx) -> Result<()> {
     for options in ["size=50%", "nr_inodes=10", "nr_blocks=10", "huge=always"] {
