@@ -722,3 +722,23 @@ fn limited(ctx: &Ctx) -> Result<()> {
     work(&mut guest, passes + 3)?;
     set("run", "1")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::CASES;
+
+    #[test]
+    fn guests_that_the_limits_name_exist() {
+        let limits = include_str!("../../../docs/limits.md");
+        let rows = limits.lines().filter(|line| line.starts_with("| "));
+        let mut named = 0;
+        for word in rows.flat_map(|row| row.split("kvm: ").skip(1)) {
+            let part = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+            let name = word.split(part).next().unwrap_or("");
+            let exists = CASES.iter().any(|case| case.name.contains(name));
+            assert!(exists && !name.is_empty(), "no guest is named {name:?}");
+            named += 1;
+        }
+        assert!(named > 4);
+    }
+}

@@ -11,7 +11,8 @@ use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
-use crate::check::{eq, fails, skip, that, within};
+use crate::check::{eq, fails, page_is, skip, that, within};
+use crate::compress;
 use crate::content;
 use crate::ctx::{Ctx, Guest};
 use crate::harness::Case;
@@ -35,6 +36,16 @@ pub const CASES: &[Case] = &[
         "memcg/shared",
         "shared and zero frames are charged to nobody; what `run` 2 gives back is",
         shared,
+    ),
+    Case::thinram(
+        "memcg/compressed",
+        "compressed pages are charged to nobody, and to their cgroup when they are back",
+        compressed,
+    ),
+    Case::thinram(
+        "memcg/reclaim",
+        "memory.reclaim of a cgroup gets nothing from guests: EAGAIN",
+        reclaim,
     ),
     Case::thinram(
         "memcg/limit",
@@ -206,6 +217,67 @@ fn charge_of(ctx: &Ctx, huge_kb: u64) -> Result<()> {
     sys::punch(&guest.file, 0, PAGES * PAGE as u64)?;
     let left = group.kernel_pages()?;
     that(format!("nothing stays after a hole: {left}"), left < SLACK)
+}
+
+fn compressed(ctx: &Ctx) -> Result<()> {
+    let group = Cgroup::new("compressed")?;
+    let mount = ctx.mount("m", "size=64M")?;
+    let guest = mount.guest("web", PAGES as usize)?;
+    let turns = Turns::new()?;
+    let mut child = vmm(&group, &guest, |map| {
+        for page in 0..PAGES as usize {
+            map.write_page(page, &content::page(page as u64));
+        }
+        turns.done(1);
+        turns.wait(ctx, 2)?;
+        for page in 0..PAGES as usize {
+            let expected = content::page(page as u64);
+            page_is(format!("page {page}"), &map.read_page(page), &expected)?;
+        }
+        Ok(())
+    })?;
+    turns.wait(ctx, 1)?;
+    let charged = group.kernel_pages()?;
+    that(
+        format!("its own pages are charged: {charged}"),
+        charged >= PAGES,
+    )?;
+    let vm = guest.sysfs(ctx);
+    vm.set("compress_max_percent", 50)?;
+    compress::squeeze(ctx, &guest, PAGES)?;
+    that("there is a pool", vm.get("compressed_pool_kb")? > 0)?;
+    let left = group.kernel_pages()?;
+    that(format!("nothing of it is charged: {left}"), left < SLACK)?;
+    turns.done(2);
+    child.expect_ok(ctx.limit(20.0))?;
+    let back = group.kernel_pages()?;
+    within(
+        "pages of `kernel` again",
+        back,
+        PAGES - SLACK,
+        PAGES + SLACK,
+    )
+}
+
+fn reclaim(ctx: &Ctx) -> Result<()> {
+    let group = Cgroup::new("reclaim")?;
+    let mount = ctx.mount("m", "size=64M")?;
+    let guest = mount.guest("web", PAGES as usize)?;
+    let mut child = vmm(&group, &guest, |map| {
+        for page in 0..PAGES as usize {
+            map.write_page(page, &content::page(page as u64));
+        }
+        Ok(())
+    })?;
+    child.expect_ok(ctx.limit(20.0))?;
+    guest.sysfs(ctx).set("compress_max_percent", 50)?;
+    let charged = group.kernel_pages()?;
+    let asked = fs::write(group.0.join("memory.reclaim"), "4M");
+    fails("memory.reclaim", asked, Errno::EAGAIN)?;
+    let left = group.kernel_pages()?;
+    within("pages of `kernel`", left, charged - SLACK, charged + SLACK)?;
+    ctx.expect_used("after memory.reclaim", &mount, "web", 4 * PAGES)?;
+    guest.holds(0, PAGES as usize, 0)
 }
 
 fn shared(ctx: &Ctx) -> Result<()> {

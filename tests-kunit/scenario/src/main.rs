@@ -280,3 +280,32 @@ fn run(chosen: &[&Case], setup: &Setup) -> Result<()> {
     }
     report.end()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::cases;
+
+    /// The last column of the tables in docs/limits.md.
+    fn tested_by() -> impl Iterator<Item = (&'static str, &'static str)> {
+        let rows = include_str!("../../../docs/limits.md").lines();
+        rows.filter_map(|line| line.strip_suffix(" |")?.rsplit_once(" | "))
+            .filter(|(what, test)| what.starts_with("| ") && *test != "test")
+    }
+
+    #[test]
+    fn each_limit_has_a_test_that_exists() {
+        let part = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "/-".contains(c);
+        for (what, test) in tested_by() {
+            let words = test.split(|c| !part(c)).filter(|word| word.contains('/'));
+            let named: Vec<&str> = words.collect();
+            for name in &named {
+                assert!(cases().any(|case| case.name == *name), "{what}: {name}");
+            }
+            // What the test machines cannot show says so.
+            let other = ["kvm: ", "no such CPU here", "needs 17 GiB"];
+            let other = other.iter().any(|word| test.contains(word));
+            assert!(other || !named.is_empty(), "{what}: {test}");
+        }
+        assert!(tested_by().count() > 80);
+    }
+}
