@@ -198,9 +198,9 @@ impl Backing {
         let end = self.end.lock().saturating_mul(SLOTS as u64).min(to);
         let mut page = page;
         while page < end && self.region(page).is_none() {
-            page = (page / SLOTS as u64)
-                .saturating_add(1)
-                .saturating_mul(SLOTS as u64);
+            let number = (page / SLOTS as u64).saturating_add(1);
+            page = number.saturating_mul(SLOTS as u64);
+            yield_at(number);
         }
         if page < end {
             page
@@ -225,6 +225,7 @@ impl Backing {
                     .retire(&mut |content| self.host.release(content));
                 crate::sys::task::cond_resched();
             }
+            yield_at(number as u64);
         }
         if self.host.registry().live() == 0 {
             self.host.index().reset_if_unused();
@@ -232,5 +233,12 @@ impl Backing {
         if self.vm.counts().pages.remove_empty(pages).is_err() {
             kernel::pr_err_once!("thinram: a file ended with pages that are not empty\n");
         }
+    }
+}
+
+/// Lets others run now and then on the way over regions that are not there: a file may have 2^22.
+fn yield_at(number: u64) {
+    if number % 1024 == 0 {
+        crate::sys::task::cond_resched();
     }
 }
