@@ -121,7 +121,8 @@ impl Host {
                     fits &= has_room(vm, kb);
                 }
             });
-            if !fits || !self.has_room(needed) {
+            let shared = pages_to_kb(cold::pages_in_host_dir(self)?);
+            if !fits || !self.has_room(needed.saturating_add(shared)) {
                 return Err(ENOMEM);
             }
         }

@@ -8,6 +8,7 @@
 use super::{
     backing::{Backing, PAGE},
     compress, huge,
+    pools::{NotHad, Unread},
     region::{Region, RegionGuard},
     shared::SharedPage,
     swap::{self, NotIn},
@@ -65,11 +66,16 @@ pub(crate) fn readable(backing: &Backing, page: u64) -> Result<Readable> {
                     spare = Some((frame, Scratch::new().ok_or(ENOMEM)?));
                     continue;
                 };
-                if slot.state() != State::Swapped {
-                    copy_packed(backing, &guard, index, &mut scratch, &mut frame)?;
+                let unread = if slot.state() != State::Swapped {
+                    copy_packed(backing, &guard, index, &mut scratch, &mut frame)?
                 } else if !swap::peek_in(backing.host(), &guard, index, &mut scratch, &mut frame)? {
+                    Some(own_unread(backing, slot.place()))
+                } else {
+                    None
+                };
+                if let Some(unread) = unread {
                     drop(guard);
-                    wait_for_read(backing, slot.place())?;
+                    wait_for_read(backing, &unread)?;
                     spare = Some((frame, scratch));
                     continue;
                 }
@@ -93,25 +99,36 @@ fn is_packed(slot: Slot) -> bool {
     )
 }
 
-/// Fills `to` with a page that is compressed, the VM's own or a shared one, and stays so.
+/// Fills `to` with a page that is compressed, the VM's own or a shared one, and stays so. A page of the
+/// shared ones' swap file may have to be read first.
 fn copy_packed(
     backing: &Backing,
     guard: &RegionGuard<'_>,
     index: usize,
     scratch: &mut Scratch,
     to: &mut Frame,
-) -> Result {
-    let slot = guard.slot(index);
-    match slot.state() {
-        State::Shared => backing.host().index().copy(slot.record(), to, scratch),
-        _ => guard.unpack(index, scratch, to),
+) -> Result<Option<Unread>> {
+    let (slot, host) = (guard.slot(index), backing.host());
+    let copied = match slot.state() {
+        State::Shared => (host.index()).copy(slot.record(), to, scratch, host.away()),
+        _ => (guard.unpack(index, scratch, to)).map_err(|_| NotHad::Corrupt),
+    };
+    match copied {
+        Ok(()) => Ok(None),
+        Err(NotHad::Unread(unread)) => Ok(Some(unread)),
+        Err(NotHad::Lost | NotHad::Corrupt) => Err(EIO),
     }
-    .map_err(|_| EIO)
 }
 
-/// Waits until an object of the swap file was read, or the task is killed.
-fn wait_for_read(backing: &Backing, place: Place) -> Result {
-    backing.vm().swap().load(&backing.host().swap, place);
+/// What lies at a place of the VM's own swap file.
+fn own_unread(backing: &Backing, place: Place) -> Unread {
+    let swap = backing.vm().swap().clone();
+    Unread { swap, place }
+}
+
+/// Waits until an object of a swap file was read, or the task is killed.
+fn wait_for_read(backing: &Backing, unread: &Unread) -> Result {
+    unread.load(&backing.host().swap);
     if task::fatal_signal_pending() {
         return Err(EINTR);
     }
@@ -165,8 +182,8 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
             return Ok(frame);
         }
         drop(guard);
-        if let Some(place) = to_read {
-            wait_for_read(backing, place)?;
+        if let Some(unread) = to_read {
+            wait_for_read(backing, &unread)?;
         }
     }
 }
@@ -179,7 +196,7 @@ fn make_private(
     index: usize,
     spare: &mut Option<(Frame, bool)>,
     scratch: &mut Option<Scratch>,
-    to_read: &mut Option<Place>,
+    to_read: &mut Option<Unread>,
 ) -> Result<bool> {
     let host = backing.host();
     let slot = guard.slot(index);
@@ -230,7 +247,7 @@ fn make_private(
                 Ok(()) => Ok(true),
                 Err(NotIn::Absent(place, frame)) => {
                     *spare = Some((frame, false));
-                    *to_read = Some(place);
+                    *to_read = Some(own_unread(backing, place));
                     Ok(false)
                 }
                 Err(NotIn::Lost) => Err(EIO),
@@ -243,7 +260,11 @@ fn make_private(
             let Some((mut frame, _)) = spare.take() else {
                 return Ok(false);
             };
-            copy_packed(backing, guard, index, scratch, &mut frame)?;
+            if let Some(unread) = copy_packed(backing, guard, index, scratch, &mut frame)? {
+                *spare = Some((frame, false));
+                *to_read = Some(unread);
+                return Ok(false);
+            }
             guard.zap(index);
             backing.count_break();
             let backoff = slot.backoff().saturating_add(1);

@@ -16,21 +16,19 @@
 //!
 //! [^1]: read-only if the scanner write-protected it, so that the write is noticed.
 //!
-//! [^2]: brought back first, for all its sharers, if it was compressed.
+//! [^2]: brought back first, for all its sharers, if it was compressed or in their swap file.
 
 use super::{
     backing::Backing,
     cold, compress, count, huge,
+    pools::{NotHad, Unread},
     region::RegionGuard,
     shared::SharedPage,
     stall,
     swap::{self, NotIn},
 };
 use crate::{
-    logic::{
-        clusters::Place,
-        slot::{Slot, State, BACKOFF_MAX},
-    },
+    logic::slot::{Slot, State, BACKOFF_MAX},
     sys::{
         clock,
         fault::{Answer, Fault, Middle, NoPageTable},
@@ -97,8 +95,8 @@ enum Step {
     Answered(Answer),
     NeedsFrame,
     NeedsMemory,
-    /// From the swap file.
-    NeedsRead(Place),
+    /// From a swap file.
+    NeedsRead(Unread),
 }
 
 impl From<Result<Answer, NoPageTable>> for Step {
@@ -217,7 +215,7 @@ fn answer(backing: &Backing, mut fault: Fault, make_writable: bool) -> Answer {
             Step::Answered(answer) => return answer,
             Step::NeedsFrame => {}
             Step::NeedsMemory => return wait(backing, fault, make_writable),
-            Step::NeedsRead(place) => return wait_for_read(backing, fault, place),
+            Step::NeedsRead(unread) => return wait_for_read(backing, fault, unread),
         }
     }
 }
@@ -237,15 +235,15 @@ fn wait(backing: &Backing, fault: Fault, make_writable: bool) -> Answer {
     answer
 }
 
-/// The page lies in the swap file: a thread of ours reads it.
-fn wait_for_read(backing: &Backing, fault: Fault, place: Place) -> Answer {
+/// The page lies in a swap file: a thread of ours reads it.
+fn wait_for_read(backing: &Backing, fault: Fault, unread: Unread) -> Answer {
     // As in `wait`.
-    let (host, swap) = (backing.host().clone(), backing.vm().swap().clone());
+    let host = backing.host().clone();
     fault.wait_for_io(
         || {
-            swap.ask(&host.swap, place);
+            unread.swap.ask(&host.swap, unread.place);
         },
-        || swap.load(&host.swap, place),
+        || unread.load(&host.swap),
     )
 }
 
@@ -330,7 +328,10 @@ fn look(
             };
             match swap::swap_in(host, guard, index, scratch, taken.frame) {
                 Ok(()) => map_own(fault, guard, index),
-                Err(NotIn::Absent(place, _)) => Step::NeedsRead(place),
+                Err(NotIn::Absent(place, _)) => {
+                    let swap = backing.vm().swap().clone();
+                    Step::NeedsRead(Unread { swap, place })
+                }
                 Err(NotIn::Lost) => Step::Answered(Answer::Poisoned),
             }
         }
@@ -380,8 +381,10 @@ fn shared_frame(backing: &Backing, slot: Slot, supplies: &mut Supplies) -> Resul
                 supplies.wants_shared = Some(node);
                 return Err(Step::NeedsFrame);
             };
-            cold::bring_back(host, slot.record(), frame, scratch)
-                .map_err(|_| Step::Answered(Answer::Poisoned))
+            cold::bring_back(host, slot.record(), frame, scratch).map_err(|why| match why {
+                NotHad::Unread(unread) => Step::NeedsRead(unread),
+                NotHad::Lost | NotHad::Corrupt => Step::Answered(Answer::Poisoned),
+            })
         }
         None => Err(Step::NeedsMemory),
     }

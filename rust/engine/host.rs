@@ -5,10 +5,10 @@
 //! Lock order: policy > VM list > region > index > registry.
 
 use super::{
-    cold::SharedPools,
     collapse::CollapseEvents,
     compress,
     merge::{Refusals, Rules},
+    pools::{Away, SharedPools},
     pressure::Pressure,
     region::Registry,
     regroup::{self, Change},
@@ -29,7 +29,7 @@ use crate::{
         hash::{self, Seed},
         huge::HugeFrame,
         page::{Frame, PageRef, Purpose},
-        slots::{Content, SLOTS},
+        slots::{Content, Sharer, SLOTS},
     },
 };
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
@@ -114,6 +114,10 @@ pub(crate) struct Events {
     pub(crate) shared_compressions: AtomicU64,
     /// Those that were brought back.
     pub(crate) shared_decompressions: AtomicU64,
+    /// Shared pages that came back from a swap file.
+    pub(crate) shared_swap_ins: AtomicU64,
+    /// Shared pages that were written to one.
+    pub(crate) shared_swap_outs: AtomicU64,
     /// Pages that could not be: the memory of the pool is broken.
     pub(crate) decompressions_failed: AtomicU64,
     /// Periods of sampling that are over.
@@ -352,7 +356,22 @@ impl Host {
             | Content::Filled(_)
             | Content::Swapped(_) => {}
             Content::Private(frame) => drop(frame),
-            Content::Shared(sharer) => drop(self.index.leave(sharer)),
+            Content::Shared(sharer) => self.leave(sharer),
+        }
+    }
+
+    /// Gives a sharer of a shared page back.
+    pub(crate) fn leave(&self, sharer: Sharer) {
+        if let Some(owned) = self.index.leave(sharer) {
+            self.shared_pools.free(owned);
+        }
+    }
+
+    /// What it takes to find a shared page that is in no memory.
+    pub(crate) fn away(&self) -> Away<'_> {
+        Away {
+            pools: &self.shared_pools,
+            work: &self.swap,
         }
     }
 
@@ -496,6 +515,7 @@ impl Host {
             .bytes()
             .saturating_add(self.index.figures().bytes)
             .saturating_add(self.vms.bytes())
+            .saturating_add(self.shared_pools.bytes())
             .saturating_add(frames)
     }
 

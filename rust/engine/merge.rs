@@ -11,6 +11,7 @@
 use super::{
     count,
     host::Host,
+    pools::NotHad,
     region::RegionGuard,
     shared::{Candidate, Key, SharedPage, CANDIDATES},
 };
@@ -43,6 +44,8 @@ pub(crate) struct Refusals {
     pub(crate) no_hint: AtomicU64,
     /// The memory behind the page is broken.
     pub(crate) poisoned: AtomicU64,
+    /// The equal page is in a swap file.
+    pub(crate) swapped: AtomicU64,
 }
 
 /// Rules of the moment.
@@ -171,13 +174,17 @@ fn join(
         SharedPage::Packed { .. } => {
             let (Some(mut copy), Some(scratch)) = (room.spare.take(), room.scratch.as_mut()) else {
                 count(&host.refusals.no_memory);
-                drop(host.index().leave(sharer));
+                host.leave(sharer);
                 return Outcome::NotNow;
             };
-            if host.index().copy(id, &mut copy, scratch).is_err() {
-                count(&host.refusals.poisoned);
+            if let Err(why) = (host.index()).copy(id, &mut copy, scratch, host.away()) {
+                count(match why {
+                    // It takes no memory there: not worth reading for every page that comes along.
+                    NotHad::Unread(_) => &host.refusals.swapped,
+                    NotHad::Lost | NotHad::Corrupt => &host.refusals.poisoned,
+                });
                 *room.spare = Some(copy);
-                drop(host.index().leave(sharer));
+                host.leave(sharer);
                 return Outcome::Unique;
             }
             (copy, true)
@@ -213,7 +220,7 @@ fn join(
         let backoff = guard.slot(index).backoff();
         host.release(guard.set(index, Content::Shared(sharer), backoff));
     } else {
-        drop(host.index().leave(sharer));
+        host.leave(sharer);
     }
     outcome
 }
@@ -242,18 +249,18 @@ pub(crate) fn unite(host: &Host, guard: &mut RegionGuard<'_>, index: usize, rule
     };
     // Two that are in use, or were lately, are united; a compressed one waits until it is.
     let Some(frame) = shared.frame() else {
-        drop(host.index().leave(sharer));
+        host.leave(sharer);
         return;
     };
     if old.as_ref().is_poisoned() || frame.as_ref().is_poisoned() {
         count(&host.refusals.poisoned);
-        drop(host.index().leave(sharer));
+        host.leave(sharer);
         return;
     }
     let far = !rules.across_nodes && frame.as_ref().node() != old.as_ref().node();
     // Shared frames are immutable: there is nothing to freeze.
     if far || !old.as_ref().same_content(frame.as_ref()) {
-        drop(host.index().leave(sharer));
+        host.leave(sharer);
         return;
     }
     guard.zap(index);

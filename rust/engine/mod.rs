@@ -21,6 +21,7 @@ pub(crate) mod fault;
 pub(crate) mod host;
 pub(crate) mod huge;
 pub(crate) mod merge;
+pub(crate) mod pools;
 pub(crate) mod pressure;
 pub(crate) mod reclaim;
 pub(crate) mod region;

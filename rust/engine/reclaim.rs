@@ -301,13 +301,16 @@ impl Worker {
 
     /// Takes shared pages that no sharer uses, of all VMs.
     fn take_shared(&mut self, host: &Host, vms: &[Arc<Vm>], wanted: u64) -> cold::Step {
-        match made(&mut self.compressor, || Compressor::new().ok()) {
-            Some(compressor) => self.hand.step(host, vms, compressor, wanted),
-            None => cold::Step::Resting,
-        }
+        let (Some(compressor), Some(scratch)) = (
+            made(&mut self.compressor, || Compressor::new().ok()),
+            made(&mut self.scratch, Scratch::new),
+        ) else {
+            return cold::Step::Resting;
+        };
+        self.hand.step(host, vms, compressor, scratch, wanted)
     }
 
-    /// Brings shared pages back where a pool of theirs is larger than it may be.
+    /// Swaps shared pages out, or brings them back, where a pool of theirs is larger than it may be.
     fn enforce_shared_caps(&mut self, host: &Host, vms: &[Arc<Vm>]) -> Next {
         if host.shared_tried_anew() {
             self.hand.try_anew();
@@ -633,8 +636,9 @@ impl Vm {
             .get(crate::logic::counts::Class::Shared);
         let figures = host.figures();
         let slots = figures.pages_shared.saturating_add(figures.pages_sharing);
-        let held = (figures.pages_shared.saturating_sub(figures.packed))
-            .saturating_add(host.shared_pools.pages());
+        let away = figures.packed.saturating_add(figures.swapped);
+        let held =
+            (figures.pages_shared.saturating_sub(away)).saturating_add(host.shared_pools.pages());
         let frames = shared.saturating_mul(held).checked_div(slots).unwrap_or(0);
         let own = self.resident_kb() / PAGE_KB;
         let pages = own.saturating_add(frames);

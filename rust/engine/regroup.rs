@@ -7,11 +7,13 @@
 //! Without memory for all of them nothing is changed. Compressed records that move to another scope
 //! are brought back first: their hash and their pool will be others.
 //!
-//! Lock order: policy > VM list > region > index.
+//! Lock order: policy > region > index. With the policy locked no VM comes; one that ends meanwhile only
+//! has fewer pages.
 
 use super::{
     cold,
     host::{Host, Policy},
+    pools::{NotHad, Unread},
     region::RegionGuard,
     shared::{Key, SharedPage},
     vm::{Domain, Scope, Vm},
@@ -92,10 +94,11 @@ fn apply_held_still(
     change: &Change<'_>,
 ) -> Result {
     let now = policy.share_scope;
-    let vms = host.vms().freeze();
+    // None comes while the policy is locked.
+    let vms = host.vms().all()?;
     let groups = groups(host, change, now)?;
     // Room for all, so that nothing can fail once the change is made.
-    let mut changed = KVec::with_capacity(vms.iter().count(), GFP_KERNEL)?;
+    let mut changed = KVec::with_capacity(vms.len(), GFP_KERNEL)?;
     let breaks = |guard: &RegionGuard<'_>, record: u32| {
         let new = change.scope_of(guard.region().vm(), now);
         let stays = match groups.get(record as usize) {
@@ -112,7 +115,7 @@ fn apply_held_still(
         return Ok(());
     }
     commit(policy, change);
-    for vm in vms.iter() {
+    for vm in &vms {
         let scope = change.scope_of(vm, policy.share_scope);
         if scope != vm.scope() {
             vm.set_scope(scope);
@@ -133,11 +136,11 @@ fn commit(policy: &mut Guard<'_, Policy, MutexBackend>, change: &Change<'_>) {
     }
 }
 
-/// Runs `f` on every Shared slot of the host.
-fn each_shared(
-    host: &Host,
-    f: &mut dyn FnMut(&mut RegionGuard<'_>, usize, u32) -> Result,
-) -> Result {
+/// What is done to a Shared slot, of that record; or what it has to be read first.
+type Visit<'a> = &'a mut dyn FnMut(&mut RegionGuard<'_>, usize, u32) -> Result<Option<Unread>>;
+
+/// Runs `f` on every Shared slot of the host, and again once what it has to be read first was read.
+fn each_shared(host: &Host, f: Visit<'_>) -> Result {
     for id in 0..host.registry().end() {
         let Some(region) = host.registry().get(id) else {
             continue;
@@ -149,10 +152,20 @@ fn each_shared(
             if region.peek(index).state() != State::Shared {
                 continue;
             }
-            let mut guard = region.lock();
-            let slot = guard.slot(index);
-            if slot.state() == State::Shared {
-                f(&mut guard, index, slot.record())?;
+            loop {
+                let mut guard = region.lock();
+                let slot = guard.slot(index);
+                if slot.state() != State::Shared {
+                    break;
+                }
+                let Some(unread) = f(&mut guard, index, slot.record())? else {
+                    break;
+                };
+                drop(guard);
+                unread.load(&host.swap);
+                if task::fatal_signal_pending() {
+                    return Err(EINTR);
+                }
             }
         }
         task::cond_resched();
@@ -177,7 +190,7 @@ fn groups(host: &Host, change: &Change<'_>, now: ShareScope) -> Result<KVVec<Gro
                 _ => Group::Several,
             };
         }
-        Ok(())
+        Ok(None)
     })?;
     Ok(groups)
 }
@@ -198,9 +211,17 @@ fn bring_movers_back(host: &Host, groups: &[Group], scratch: &mut Scratch) -> Re
         if task::fatal_signal_pending() {
             return Err(EINTR);
         }
-        let frame = Frame::alloc(Purpose::Shared, node).ok_or(ENOMEM)?;
         // One that cannot be read keeps its name, and nobody will find it under another.
-        let _ = cold::bring_back(host, id, frame, scratch);
+        loop {
+            let frame = Frame::alloc(Purpose::Shared, node).ok_or(ENOMEM)?;
+            let Err(NotHad::Unread(unread)) = cold::bring_back(host, id, frame, scratch) else {
+                break;
+            };
+            unread.load(&host.swap);
+            if task::fatal_signal_pending() {
+                return Err(EINTR);
+            }
+        }
         task::cond_resched();
     }
     Ok(())
@@ -253,7 +274,7 @@ fn frames_for<'a>(
             let reserve = reserves.of(guard.region().vm()).ok_or(ENOMEM)?;
             reserve.needed = reserve.needed.saturating_add(1);
         }
-        Ok(())
+        Ok(None)
     })?;
     for reserve in reserves.of.iter_mut() {
         reserve.frames.reserve(reserve.needed, GFP_KERNEL)?;
@@ -277,20 +298,28 @@ fn break_shares(
 ) -> Result {
     each_shared(host, &mut |guard, index, record| {
         if !breaks(guard, record) {
-            return Ok(());
+            return Ok(None);
         }
         match host.index().page(record).ok_or(ENOMEM)? {
             // Nobody can read it, so nobody sees another's bytes in it.
-            SharedPage::Frame(frame) if frame.as_ref().is_poisoned() => return Ok(()),
+            SharedPage::Frame(frame) if frame.as_ref().is_poisoned() => return Ok(None),
             _ => {}
         }
         // Guests only ever break shares meanwhile, so the frames suffice.
         let reserve = reserves.of(guard.region().vm()).ok_or(ENOMEM)?;
         let mut own = reserve.frames.pop().ok_or(ENOMEM)?;
-        (host.index().copy(record, &mut own, scratch)).map_err(|_| EIO)?;
+        match (host.index()).copy(record, &mut own, scratch, host.away()) {
+            Ok(()) => {}
+            Err(NotHad::Unread(unread)) => {
+                // There is room: it was taken out just now.
+                let _ = reserve.frames.push_within_capacity(own);
+                return Ok(Some(unread));
+            }
+            Err(NotHad::Lost | NotHad::Corrupt) => return Err(EIO),
+        }
         guard.zap(index);
         host.release(guard.set(index, Content::Private(own), 0));
-        Ok(())
+        Ok(None)
     })
 }
 

@@ -355,7 +355,8 @@ impl Walk {
                 break;
             }
         }
-        if self.scratch.is_none() && host.figures().packed > 0 {
+        let figures = host.figures();
+        if self.scratch.is_none() && figures.packed.saturating_add(figures.swapped) > 0 {
             self.scratch = Scratch::new();
         }
         let vm = region.vm();

@@ -5,15 +5,23 @@
 //!
 //! A page is packed for all its sharers at once, in the pool of its scope, when none of them maps it
 //! and nobody is about to: whoever wants to map it takes a reference under the index's lock. It comes
-//! back for all of them as well, and is shared as it was.
+//! back for all of them as well, and is shared as it was. From the pool it may go on to the scope's swap
+//! file; what is read from there is read with the index locked, so that its place cannot be given to
+//! another page meanwhile. That is a copy out of a buffer: nobody waits for a disk here.
 //!
-//! Lock order: the index is a leaf under region locks; below it only the registry's lock and those of
-//! zsmalloc.
+//! Lock order: the index is a leaf under region locks; below it only the registry's lock, those of
+//! zsmalloc, the list of pools and the locks of their swap files.
 
-use super::{region::Registry, vm::Scope};
+use super::{
+    pools::{Away, NotHad, SharedPool, Unread},
+    region::Registry,
+    vm::Scope,
+    volume::{self, Fetched, SwapWork, Which},
+};
 use crate::{
     logic::{
         catalog::{Catalog, Entry, GroupPage, HintOutcome, StableOutcome, GROW_PERCENT},
+        clusters::Place,
         huge::HugeWord,
         slot::{Class, Slot, State},
     },
@@ -23,12 +31,13 @@ use crate::{
         page::{Frame, Label},
         protect,
         slots::Sharer,
-        zs::{Corrupt, Scratch},
+        zs::Scratch,
     },
 };
 use core::sync::atomic::{AtomicU32, Ordering};
 use kernel::{
     new_mutex,
+    page::PAGE_SIZE,
     prelude::*,
     sync::{lock::mutex::MutexBackend, lock::Guard, Mutex},
 };
@@ -79,7 +88,7 @@ pub(crate) enum Candidate {
 pub(crate) enum SharedPage {
     /// A frame, with a reference for the caller.
     Frame(Frame),
-    /// Packed; its frame was on that node.
+    /// Packed, here or in a swap file; its frame was on that node.
     Packed {
         /// NUMA node.
         node: i32,
@@ -114,7 +123,31 @@ struct Inner {
     has_stale: bool,
 }
 
+/// Fills `frame` with the page that lies at `place` of the swap file of `scope`.
+fn read(
+    scope: u32,
+    place: Place,
+    scratch: &mut Scratch,
+    frame: &mut Frame,
+    away: Away<'_>,
+) -> Result<(), NotHad> {
+    let swap = away.pools.swap_of(scope).ok_or(NotHad::Lost)?;
+    match swap.fill(away.work, place, scratch, frame) {
+        Fetched::Bytes(_) => Ok(()),
+        Fetched::Absent => Err(NotHad::Unread(Unread { swap, place })),
+        Fetched::Lost => Err(NotHad::Lost),
+    }
+}
+
 impl Inner {
+    /// The scope and the place of a record that is in a swap file.
+    fn place_of(&self, id: u32) -> Option<(u32, Place)> {
+        match self.records.held(id)? {
+            Held::Packed(packed) => Some((packed.label().scope, packed.place()?)),
+            Held::Frame(_) => None,
+        }
+    }
+
     fn new() -> Inner {
         Inner {
             catalog: Catalog::new(Boxes::new()),
@@ -125,13 +158,53 @@ impl Inner {
     }
 }
 
+/// Where a page that has a frame now was before.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Before {
+    /// There already.
+    Frame,
+    /// In a pool, or in four bytes.
+    Packed,
+    /// In a swap file.
+    Swapped,
+}
+
+/// What became of a page that was to leave its swap file.
+pub(crate) enum MovedIn {
+    /// It is in the pool, or was not to be moved.
+    Done,
+    /// It has a frame.
+    InFrame,
+    /// It must be read first.
+    Unread(Unread),
+    /// It needs a frame for that.
+    NeedsFrame,
+    /// No memory for it.
+    NoMemory,
+    /// It cannot be read: it stays, and its guests are told when they ask for it.
+    Lost,
+}
+
+/// What became of a page that was to leave its pool.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum MovedOut {
+    /// It is in the swap file, or in a buffer before.
+    Out,
+    /// It is not in the pool, or not to be moved now.
+    Stays,
+    /// The swap file has to be prepared for it first.
+    NeedsSwap,
+}
+
 /// Figures of the index.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct IndexFigures {
     /// Shared records with one sharer or more.
     pub(crate) pages_shared: u64,
-    /// Those of them that are packed.
+    /// Those of them that are packed, in a pool or without any memory.
     pub(crate) packed: u64,
+    /// Those that are in a swap file.
+    pub(crate) swapped: u64,
     /// Sum of (sharers - 1).
     pub(crate) pages_sharing: u64,
     /// Memory of the tables, and of what packed pages take besides their objects.
@@ -213,23 +286,35 @@ impl SharedIndex {
         Some(SharedPage::of(inner.records.held(id)?))
     }
 
-    /// Gives a packed page `frame`, for all its sharers. A reference to what it has then.
+    /// Gives a packed page `frame`, for all its sharers. A reference to what it has then, and where it
+    /// was before.
     pub(crate) fn bring_back(
         &self,
         id: u32,
-        frame: Frame,
+        mut frame: Frame,
         scratch: &mut Scratch,
-    ) -> Result<Frame, Corrupt> {
+        away: Away<'_>,
+    ) -> Result<(Frame, Before), NotHad> {
         let mut inner = self.lock();
-        let (packed, spare) = match inner.records.unpack(id, frame, scratch) {
-            Ok(packed) => (Some(packed), None),
-            Err(NotUnpacked::Changed(frame)) => (None, Some(frame)),
-            Err(NotUnpacked::Corrupt) => return Err(Corrupt),
+        let place = inner.place_of(id);
+        let (packed, spare, before) = match place {
+            Some((scope, place)) => {
+                read(scope, place, scratch, &mut frame, away)?;
+                let packed = inner.records.put_frame(id, frame).ok_or(NotHad::Lost)?;
+                away.pools.release(scope, place);
+                (Some(packed), None, Before::Swapped)
+            }
+            None => match inner.records.unpack(id, frame, scratch) {
+                Ok(packed) => (Some(packed), None, Before::Packed),
+                Err(NotUnpacked::Changed(frame)) => (None, Some(frame), Before::Frame),
+                Err(NotUnpacked::Corrupt) => return Err(NotHad::Corrupt),
+            },
         };
         let page = inner.records.held(id).map(SharedPage::of);
         drop(inner);
         drop((packed, spare));
-        page.and_then(SharedPage::frame).ok_or(Corrupt)
+        let frame = page.and_then(SharedPage::frame).ok_or(NotHad::Lost)?;
+        Ok((frame, before))
     }
 
     /// Fills `to` with the page of a record that the caller's slot is a sharer of; a packed one stays
@@ -239,20 +324,114 @@ impl SharedIndex {
         id: u32,
         to: &mut Frame,
         scratch: &mut Scratch,
-    ) -> Result<(), Corrupt> {
+        away: Away<'_>,
+    ) -> Result<(), NotHad> {
         let inner = self.lock();
+        if let Some((scope, place)) = inner.place_of(id) {
+            return read(scope, place, scratch, to, away);
+        }
         match inner.records.held(id) {
-            Some(Held::Packed(packed)) => packed.copy_to(to, scratch),
+            Some(Held::Packed(packed)) => packed.copy_to(to, scratch).map_err(|_| NotHad::Corrupt),
             Some(Held::Frame(page)) => {
                 let frame = page.get();
                 drop(inner);
-                to.copy_from(frame.as_ref()).map_err(|_| Corrupt)
+                to.copy_from(frame.as_ref()).map_err(|_| NotHad::Corrupt)
             }
-            None => Err(Corrupt),
+            None => Err(NotHad::Corrupt),
         }
     }
 
-    /// Puts `packed` in the place of `frame`, a record's. False when somebody holds the frame, or
+    /// Moves a compressed record of a scope from its pool to its swap file.
+    pub(crate) fn move_out(
+        &self,
+        id: u32,
+        pool: &SharedPool,
+        work: &SwapWork,
+        scratch: &mut Scratch,
+    ) -> MovedOut {
+        let mut inner = self.lock();
+        if inner.held_still {
+            return MovedOut::Stays;
+        }
+        let bytes = match inner.records.held(id) {
+            Some(Held::Packed(packed)) if packed.label().scope == pool.scope.0 => {
+                packed.read(scratch)
+            }
+            _ => None,
+        };
+        let Some(bytes) = bytes else {
+            return MovedOut::Stays;
+        };
+        let Some(place) = pool.swap.stage(work, bytes) else {
+            return MovedOut::NeedsSwap;
+        };
+        if inner.records.move_out(id, place) {
+            MovedOut::Out
+        } else {
+            pool.swap.release(place);
+            MovedOut::Stays
+        }
+    }
+
+    /// Takes a record of a scope out of its swap file if it lies in `which` of its clusters: into the
+    /// pool as far as `pool_pages` allow, else into the frame.
+    pub(super) fn move_in(
+        &self,
+        id: u32,
+        pool: &SharedPool,
+        away: Away<'_>,
+        tools: (&mut Scratch, &mut Option<Frame>),
+        (pool_pages, which): (u64, Which<'_>),
+    ) -> MovedIn {
+        let (scratch, frame) = tools;
+        let mut inner = self.lock();
+        let Some((_, place)) = (inner.place_of(id)).filter(|(scope, _)| *scope == pool.scope.0)
+        else {
+            return MovedIn::Done;
+        };
+        let wanted = {
+            let swap = pool.swap.lock();
+            let volume = swap.volume.as_ref();
+            volume.is_some_and(|volume| which(volume, place.cluster()))
+        };
+        if !wanted {
+            return MovedIn::Done;
+        }
+        let len = match pool.swap.fetch(away.work, place, scratch) {
+            Fetched::Bytes(len) => len,
+            Fetched::Absent => {
+                let swap = pool.swap.clone();
+                return MovedIn::Unread(Unread { swap, place });
+            }
+            Fetched::Lost => return MovedIn::Lost,
+        };
+        if len < PAGE_SIZE && pool.store.pages() < pool_pages {
+            let bytes = scratch.bytes().get(..len).unwrap_or(&[]);
+            return match inner.records.move_in(id, bytes) {
+                Ok(place) => {
+                    pool.swap.release(place);
+                    MovedIn::Done
+                }
+                Err(_) => MovedIn::NoMemory,
+            };
+        }
+        let Some(mut taken) = frame.take() else {
+            return MovedIn::NeedsFrame;
+        };
+        if volume::unpack(len, scratch, &mut taken).is_err() {
+            *frame = Some(taken);
+            return MovedIn::Lost;
+        }
+        let packed = inner.records.put_frame(id, taken);
+        if packed.is_some() {
+            pool.swap.release(place);
+        }
+        drop(inner);
+        drop(packed);
+        MovedIn::InFrame
+    }
+
+    /// Puts `packed` in the place of `frame`, a record's. An error when somebody holds the frame, or
     /// everything is to stay as it is.
     pub(crate) fn pack(
         &self,
@@ -299,12 +478,14 @@ impl SharedIndex {
         None
     }
 
-    /// The next packed record of `scope` from `*from` on, as above, and its frame's node.
+    /// The next packed record of `scope` from `*from` on, as above, that is of a `kind`, and its frame's
+    /// node.
     pub(crate) fn next_packed(
         &self,
         from: &mut u32,
         look: u32,
         scope: Scope,
+        kind: fn(&Packed) -> bool,
     ) -> Option<(u32, i32)> {
         let inner = self.lock();
         for _ in 0..look {
@@ -314,7 +495,7 @@ impl SharedIndex {
             };
             *from = id.saturating_add(1);
             match inner.records.held(id) {
-                Some(Held::Packed(packed)) if packed.label().scope == scope.0 => {
+                Some(Held::Packed(packed)) if packed.label().scope == scope.0 && kind(packed) => {
                     return Some((id, packed.node()));
                 }
                 _ => {}
@@ -372,7 +553,8 @@ impl SharedIndex {
         Ok(sharers)
     }
 
-    /// Gives a sharer back; what the last one leaves is returned, to be freed with no lock held.
+    /// Gives a sharer back; what the last one leaves is returned, to be freed with no lock held by
+    /// `SharedPools::free`.
     pub(crate) fn leave(&self, sharer: Sharer) -> Option<Owned> {
         let mut inner = self.lock();
         let id = sharer.record();
@@ -539,16 +721,15 @@ impl SharedIndex {
         IndexFigures {
             pages_shared: inner.records.table().len(),
             packed: inner.records.table().compressed(),
+            swapped: inner.records.table().swapped(),
             pages_sharing: inner.records.table().pages_sharing(),
             bytes: inner
                 .catalog
                 .bytes()
                 .saturating_add(inner.records.table().bytes())
                 .saturating_add(
-                    inner
-                        .records
-                        .table()
-                        .compressed()
+                    (inner.records.table().compressed())
+                        .saturating_add(inner.records.table().swapped())
                         .saturating_mul(Packed::BYTES),
                 ),
         }

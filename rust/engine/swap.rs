@@ -4,18 +4,10 @@
 //!
 //! Lock order: region > the lock of a swap file.
 
-use super::{
-    host::Host,
-    region::RegionGuard,
-    volume::{Fetched, Swap},
-};
+use super::{host::Host, region::RegionGuard, volume::Fetched};
 use crate::{
     logic::clusters::Place,
-    sys::{
-        page::Frame,
-        slots::Content,
-        zs::{self, Scratch},
-    },
+    sys::{page::Frame, slots::Content, zs::Scratch},
 };
 use core::sync::atomic::Ordering;
 use kernel::{page::PAGE_SIZE, prelude::*};
@@ -38,7 +30,7 @@ pub(crate) fn swap_in(
 ) -> Result<(), NotIn> {
     let place = guard.slot(index).place();
     let swap = guard.region().vm().swap();
-    match read_object(host, swap, place, scratch, &mut frame) {
+    match swap.fill(&host.swap, place, scratch, &mut frame) {
         Fetched::Bytes(_) => {
             swap.ins.fetch_add(1, Ordering::Relaxed);
             host.swap.events.ins.fetch_add(1, Ordering::Relaxed);
@@ -60,35 +52,10 @@ pub(crate) fn peek_in(
     frame: &mut Frame,
 ) -> Result<bool> {
     let place = guard.slot(index).place();
-    match read_object(host, guard.region().vm().swap(), place, scratch, frame) {
+    match (guard.region().vm().swap()).fill(&host.swap, place, scratch, frame) {
         Fetched::Bytes(_) => Ok(true),
         Fetched::Absent => Ok(false),
         Fetched::Lost => Err(EIO),
-    }
-}
-
-fn read_object(
-    host: &Host,
-    swap: &Swap,
-    place: Place,
-    scratch: &mut Scratch,
-    frame: &mut Frame,
-) -> Fetched {
-    let fetched = swap.fetch(&host.swap, place, scratch);
-    let Fetched::Bytes(len) = fetched else {
-        return fetched;
-    };
-    if len == PAGE_SIZE {
-        frame.overwrite(scratch.bytes());
-        return fetched;
-    }
-    let bytes = scratch.bytes().get(..len).unwrap_or(&[]);
-    match zs::decompress(bytes, frame) {
-        Ok(()) => fetched,
-        Err(_) => {
-            host.swap.events.corrupt.fetch_add(1, Ordering::Relaxed);
-            Fetched::Lost
-        }
     }
 }
 

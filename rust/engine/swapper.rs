@@ -6,11 +6,13 @@
 //! Lock order: none of the engine's is held during I/O.
 
 use super::{
+    cold,
     host::Host,
+    pools::SharedPool,
     region::Region,
     swap::{self, Back},
     vm::Vm,
-    volume::{Ask, Sealed, Swap, SwapWork, Table, Volume, FREE_LOW},
+    volume::{Ask, Sealed, Swap, SwapWork, Table, Volume, Which, FREE_LOW},
 };
 use crate::{
     logic::{
@@ -97,6 +99,63 @@ fn offset(cluster: u32) -> u64 {
     u64::from(cluster).saturating_mul(CLUSTER_BYTES as u64)
 }
 
+/// Whose a swap file is.
+enum Owner<'a> {
+    Vm(&'a Arc<Vm>),
+    /// A scope, for its shared pages.
+    Scope(&'a SharedPool),
+}
+
+impl Owner<'_> {
+    fn swap(&self) -> &Arc<Swap> {
+        match self {
+            Owner::Vm(vm) => vm.swap(),
+            Owner::Scope(pool) => &pool.swap,
+        }
+    }
+
+    /// Pages that its pool has.
+    fn pool_pages(&self) -> u64 {
+        match self {
+            Owner::Vm(vm) => vm.store().pages(),
+            Owner::Scope(pool) => pool.store.pages(),
+        }
+    }
+
+    /// Pages that it may have.
+    fn pool_cap(&self, host: &Host) -> u64 {
+        match self {
+            Owner::Vm(vm) => vm.pool_cap_pages(&host.knobs),
+            // Without memory to add it up nothing goes into the pool.
+            Owner::Scope(pool) => cold::pool_cap_pages(host, pool.scope).unwrap_or(0),
+        }
+    }
+
+    fn opens(&self) -> bool {
+        match self {
+            Owner::Vm(vm) => vm.store().open().is_ok(),
+            Owner::Scope(_) => true,
+        }
+    }
+
+    /// Runs `f` on its name, for the log.
+    fn with_name(&self, f: impl FnOnce(&str)) {
+        match self {
+            Owner::Vm(vm) => vm.with_name(|name| f(core::str::from_utf8(name).unwrap_or("?"))),
+            Owner::Scope(_) => f("a domain's shared memory"),
+        }
+    }
+
+    fn count_outs(&self, host: &Host, pages: u64) {
+        host.swap.events.outs.fetch_add(pages, Ordering::Relaxed);
+        self.swap().outs.fetch_add(pages, Ordering::Relaxed);
+        if let Owner::Scope(_) = self {
+            let shared = &host.events.shared_swap_outs;
+            shared.fetch_add(pages, Ordering::Relaxed);
+        }
+    }
+}
+
 /// The thread that writes.
 pub(crate) struct Writer(pub(crate) Arc<Host>);
 
@@ -111,7 +170,15 @@ impl Work for Writer {
             let mut again = scratch.is_none();
             if let (Some(scratch), Ok(vms)) = (&mut scratch, host.vms().all()) {
                 for vm in &vms {
-                    again |= serve(host, vm, scratch);
+                    again |= serve(host, &Owner::Vm(vm), scratch);
+                }
+                match host.shared_pools.all() {
+                    Ok(pools) => {
+                        for pool in &pools {
+                            again |= serve(host, &Owner::Scope(pool), scratch);
+                        }
+                    }
+                    Err(_) => again = true,
                 }
             }
             let us = if again { AGAIN_US } else { IDLE_US };
@@ -125,8 +192,8 @@ impl Work for Writer {
 }
 
 /// Does what is to be done for one file. True when there is more to come back to.
-fn serve(host: &Host, vm: &Arc<Vm>, scratch: &mut Scratch) -> bool {
-    let swap = vm.swap();
+fn serve(host: &Host, owner: &Owner<'_>, scratch: &mut Scratch) -> bool {
+    let swap = owner.swap();
     let target = swap.target(&host.swap);
     let (retires, failed) = {
         let inner = swap.lock();
@@ -140,13 +207,13 @@ fn serve(host: &Host, vm: &Arc<Vm>, scratch: &mut Scratch) -> bool {
     };
     let wanted = swap.wanted.swap(false, Ordering::Relaxed);
     if let (true, false, Some(dir)) = (wanted, retires, target) {
-        make_room(host, vm, dir);
+        make_room(host, owner, dir);
         host.reclaimer_bell.ring();
     }
-    let mut again = !write_all(host, vm) || failed;
+    let mut again = !write_all(host, owner) || failed;
     if retires {
-        let cap = vm.pool_cap_pages(&host.knobs);
-        let all = bring_back(host, vm, scratch, cap, &|_, _| true);
+        let cap = owner.pool_cap(host);
+        let all = bring_back(host, owner, scratch, cap, &|_, _| true);
         again |= !(all && swap.drop_empty());
         host.reclaimer_bell.ring();
     } else {
@@ -161,16 +228,16 @@ fn serve(host: &Host, vm: &Arc<Vm>, scratch: &mut Scratch) -> bool {
         };
         if failed {
             // As they were: in the pool, whatever its cap.
-            bring_back(host, vm, scratch, u64::MAX, &|volume, cluster| {
+            bring_back(host, owner, scratch, u64::MAX, &|volume, cluster| {
                 let mut sealed = volume.sealed.iter().flatten();
                 sealed.any(|s| s.failed && s.cluster == cluster)
             });
             again = true;
         } else if sparse {
             // They go out again, packed, once the pool is full.
-            let cap = vm.pool_cap_pages(&host.knobs);
-            bring_back(host, vm, scratch, u64::MAX, &|volume, cluster| {
-                vm.store().pages() < cap && volume.clusters.is_gappy(cluster)
+            let cap = owner.pool_cap(host);
+            bring_back(host, owner, scratch, u64::MAX, &|volume, cluster| {
+                owner.pool_pages() < cap && volume.clusters.is_gappy(cluster)
             });
         }
     }
@@ -178,8 +245,8 @@ fn serve(host: &Host, vm: &Arc<Vm>, scratch: &mut Scratch) -> bool {
 }
 
 /// Makes the file, or makes it larger.
-fn make_room(host: &Host, vm: &Vm, dir: Arc<SwapDir>) {
-    let swap = vm.swap();
+fn make_room(host: &Host, owner: &Owner<'_>, dir: Arc<SwapDir>) {
+    let swap = owner.swap();
     let known = {
         let inner = swap.lock();
         inner.volume.as_ref().map(|volume| {
@@ -208,10 +275,9 @@ fn make_room(host: &Host, vm: &Vm, dir: Arc<SwapDir>) {
     drop(inner);
     host.swap.events.no_space.fetch_add(1, Ordering::Relaxed);
     if task::may_log() {
-        vm.with_name(|name| {
+        owner.with_name(|name| {
             pr_warn!(
-                "swap: no room for more pages of {} ({}); they stay in memory\n",
-                core::str::from_utf8(name).unwrap_or("?"),
+                "swap: no room for more pages of {name} ({}); they stay in memory\n",
                 error.to_errno()
             );
         });
@@ -269,8 +335,8 @@ fn fill_up(file: &SwapFile, len: u32, chunk: u32, zeroes: &Buffer) -> Result {
 }
 
 /// Writes what is full. False when something is left to be tried later.
-fn write_all(host: &Host, vm: &Vm) -> bool {
-    let swap = vm.swap();
+fn write_all(host: &Host, owner: &Owner<'_>) -> bool {
+    let swap = owner.swap();
     let mut wrote = false;
     loop {
         let mut inner = swap.lock();
@@ -298,7 +364,7 @@ fn write_all(host: &Host, vm: &Vm) -> bool {
         drop(inner);
         let result = file.write(offset(cluster), &buffer);
         wrote = true;
-        if !was_written(host, vm, cluster, number, buffer, result) {
+        if !was_written(host, owner, cluster, number, buffer, result) {
             return false;
         }
     }
@@ -310,13 +376,13 @@ fn write_all(host: &Host, vm: &Vm) -> bool {
 
 fn was_written(
     host: &Host,
-    vm: &Vm,
+    owner: &Owner<'_>,
     cluster: u32,
     number: u64,
     buffer: Arc<Buffer>,
     result: Result,
 ) -> bool {
-    let swap = vm.swap();
+    let swap = owner.swap();
     let events = &host.swap.events;
     let mut inner = swap.lock();
     let failures = inner.failures;
@@ -342,10 +408,9 @@ fn was_written(
             drop(inner);
             events.writes_failed.fetch_add(1, Ordering::Relaxed);
             if task::may_log() {
-                vm.with_name(|name| {
+                owner.with_name(|name| {
                     pr_err!(
-                        "swap: pages of {} could not be written ({}); they stay in memory\n",
-                        core::str::from_utf8(name).unwrap_or("?"),
+                        "swap: pages of {name} could not be written ({}); they stay in memory\n",
                         error.to_errno()
                     );
                 });
@@ -360,28 +425,37 @@ fn was_written(
             inner.failures = 0;
             drop(inner);
             events.writes.fetch_add(1, Ordering::Relaxed);
-            events.outs.fetch_add(pages, Ordering::Relaxed);
-            swap.outs.fetch_add(pages, Ordering::Relaxed);
+            owner.count_outs(host, pages);
             true
         }
     }
 }
 
-/// Which clusters are to be emptied.
-type Which<'a> = &'a dyn Fn(&Volume, u32) -> bool;
-
 /// Takes the pages that lie in such clusters out of the file, into the pool while that has fewer
 /// pages than `pool_pages`. False when memory is short, or the thread is to stop.
 fn bring_back(
+    host: &Host,
+    owner: &Owner<'_>,
+    scratch: &mut Scratch,
+    pool_pages: u64,
+    which: Which<'_>,
+) -> bool {
+    if !owner.opens() {
+        return false;
+    }
+    match owner {
+        Owner::Vm(vm) => bring_slots_back(host, vm, scratch, pool_pages, which),
+        Owner::Scope(pool) => cold::bring_in(host, pool, scratch, pool_pages, which),
+    }
+}
+
+fn bring_slots_back(
     host: &Host,
     vm: &Arc<Vm>,
     scratch: &mut Scratch,
     pool_pages: u64,
     which: Which<'_>,
 ) -> bool {
-    if vm.store().open().is_err() {
-        return false;
-    }
     let mut spare = None;
     for id in 0..host.registry().end() {
         let Some(region) = host.registry().get(id) else {

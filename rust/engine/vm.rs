@@ -19,7 +19,7 @@ use kernel::{
     new_condvar, new_mutex, new_spinlock,
     prelude::*,
     sync::{
-        lock::{mutex::MutexBackend, spinlock::SpinLockBackend, Guard},
+        lock::{spinlock::SpinLockBackend, Guard},
         Arc, CondVar, CondVarTimeoutResult, Mutex, SpinLock,
     },
     time::msecs_to_jiffies,
@@ -719,21 +719,6 @@ impl Vms {
             .iter()
             .fold(0u64, |sum, vm| sum.saturating_add(vm.swap.bytes()));
         (vms.saturating_add(domains) as u64).saturating_add(swap)
-    }
-
-    /// Locks the list, so that no VM comes or goes.
-    pub(crate) fn freeze(&self) -> FrozenVms<'_> {
-        FrozenVms(self.list.lock())
-    }
-}
-
-/// The VM list, held still.
-pub(crate) struct FrozenVms<'a>(Guard<'a, VmList, MutexBackend>);
-
-impl FrozenVms<'_> {
-    /// Each VM.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Vm>> {
-        self.0.vms.iter()
     }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The swap file of one owner of a pool: a VM.
+//! The swap file of one owner of a pool: a VM, or a scope for its shared pages.
 //!
 //! An object that leaves memory is encrypted into a buffer of the size of a cluster, and its slot has
 //! its place in the file from then on. The buffer stays until it was written, so nobody ever waits
@@ -8,7 +8,7 @@
 //! buffers, from which its neighbours are served too. Nothing here does I/O: the threads of `swapper`
 //! do.
 //!
-//! Lock order: region > the lock of a swap file > the queue of clusters to read. All of them sleep.
+//! Lock order: region > index > the lock of a swap file > the queue of clusters to read. All of them sleep.
 
 use super::host::Bell;
 use crate::{
@@ -16,10 +16,11 @@ use crate::{
     sys::{
         clock,
         crypt::{Key, Nonce},
+        page::Frame,
         protect,
         swapio::{Buffer, SwapDir, SwapFile},
         task,
-        zs::Scratch,
+        zs::{self, Corrupt, Scratch},
     },
 };
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -151,6 +152,9 @@ pub(crate) enum Ready {
     No,
 }
 
+/// Which clusters are to be emptied.
+pub(super) type Which<'a> = &'a dyn Fn(&Volume, u32) -> bool;
+
 /// What came of looking for an object.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Fetched {
@@ -166,7 +170,8 @@ pub(super) enum Fetched {
 #[pin_data]
 pub(crate) struct Swap {
     /// The directory that its mount names, before the host's.
-    own_dir: Option<Arc<SwapDir>>,
+    #[pin]
+    own_dir: Mutex<Option<Arc<SwapDir>>>,
     #[pin]
     pub(super) inner: Mutex<Inner>,
     /// Told when a cluster was read.
@@ -185,7 +190,7 @@ impl Swap {
     pub(crate) fn new(own_dir: Option<Arc<SwapDir>>) -> Result<Arc<Swap>> {
         Arc::pin_init(
             pin_init!(Swap {
-                own_dir,
+                own_dir <- new_mutex!(own_dir, "thinram_swap_own_dir"),
                 inner <- new_mutex!(
                     Inner {
                         volume: None,
@@ -206,22 +211,45 @@ impl Swap {
     }
 
     /// The directory of its own, which the host's does not change.
-    pub(crate) fn own_dir(&self) -> Option<&Arc<SwapDir>> {
-        self.own_dir.as_ref()
+    pub(crate) fn own_dir(&self) -> Option<Arc<SwapDir>> {
+        self.own_dir.lock().clone()
+    }
+
+    /// Another one. True if it is another.
+    pub(super) fn set_own_dir(&self, dir: Option<Arc<SwapDir>>) -> bool {
+        let mut own = self.own_dir.lock();
+        let same = match (&dir, &*own) {
+            (Some(new), Some(old)) => new.is(old),
+            (None, None) => true,
+            _ => false,
+        };
+        if same {
+            return false;
+        }
+        let before = core::mem::replace(&mut *own, dir);
+        drop(own);
+        drop(before);
+        true
     }
 
     /// The directory that its file should be in.
     pub(super) fn target(&self, work: &SwapWork) -> Option<Arc<SwapDir>> {
-        self.own_dir.clone().or_else(|| work.dir())
+        self.own_dir().or_else(|| work.dir())
     }
 
     /// Whether its objects have somewhere to go.
     pub(crate) fn is_on(&self, work: &SwapWork) -> bool {
-        self.own_dir.is_some() || work.dir().is_some()
+        self.target(work).is_some()
     }
 
     pub(super) fn lock(&self) -> Guard<'_, Inner, MutexBackend> {
         self.inner.lock()
+    }
+
+    /// Objects in it.
+    pub(crate) fn live(&self) -> u64 {
+        let inner = self.lock();
+        inner.volume.as_ref().map_or(0, |v| v.clusters.live())
     }
 
     /// KiB that the file takes.
@@ -339,6 +367,25 @@ impl Swap {
         };
         drop(inner);
         opened(open(&key, &buffer, number, place, scratch), work)
+    }
+
+    /// Fills `frame` with the page that an object stands for; it stays where it is.
+    pub(super) fn fill(
+        &self,
+        work: &SwapWork,
+        place: Place,
+        scratch: &mut Scratch,
+        frame: &mut Frame,
+    ) -> Fetched {
+        let fetched = self.fetch(work, place, scratch);
+        let Fetched::Bytes(len) = fetched else {
+            return fetched;
+        };
+        if unpack(len, scratch, frame).is_err() {
+            work.events.corrupt.fetch_add(1, Ordering::Relaxed);
+            return Fetched::Lost;
+        }
+        fetched
     }
 
     /// Sees to it that the object is in memory, as far as that is possible: waits for a reader, or for
@@ -475,6 +522,15 @@ impl Swap {
         drop(volume);
         is_empty
     }
+}
+
+/// Fills `frame` with the page whose `len` bytes are in `scratch`.
+pub(super) fn unpack(len: usize, scratch: &Scratch, frame: &mut Frame) -> Result<(), Corrupt> {
+    if len == PAGE_SIZE {
+        frame.overwrite(scratch.bytes());
+        return Ok(());
+    }
+    zs::decompress(scratch.bytes().get(..len).unwrap_or(&[]), frame)
 }
 
 fn opened(len: Option<usize>, work: &SwapWork) -> Fetched {

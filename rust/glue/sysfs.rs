@@ -200,9 +200,14 @@ files! {
     "zero_pages": |h, page| line(page, h.0.totals().zero);
     "shared_frames_kb": |h, page| {
         let figures = h.0.figures();
-        line(page, pages_to_kb(figures.pages_shared.saturating_sub(figures.packed)))
+        let away = figures.packed.saturating_add(figures.swapped);
+        line(page, pages_to_kb(figures.pages_shared.saturating_sub(away)))
     };
     "shared_compressed_kb": |h, page| line(page, pages_to_kb(h.0.figures().packed));
+    "shared_swapped_kb": |h, page| line(page, pages_to_kb(h.0.figures().swapped));
+    "shared_swap_file_kb": |h, page| line(page, h.0.shared_pools.file_kb());
+    "shared_swap_outs": |h, page| line(page, load(&h.0.events.shared_swap_outs));
+    "shared_swap_ins": |h, page| line(page, load(&h.0.events.shared_swap_ins));
     "shared_compressed_pool_kb": |h, page| line(page, pages_to_kb(h.0.shared_pools.pages()));
     "saved_kb": |h, page| line(page, pages_to_kb(saved_pages(&h.0)));
     "general_profit": |h, page| {
@@ -268,6 +273,7 @@ files! {
     "merges_refused_nodes": |h, page| line(page, load(&h.0.refusals.nodes));
     "merges_refused_no_hint": |h, page| line(page, load(&h.0.refusals.no_hint));
     "merges_refused_poisoned": |h, page| line(page, load(&h.0.refusals.poisoned));
+    "merges_refused_swapped": |h, page| line(page, load(&h.0.refusals.swapped));
 }
 
 /// Why a directory is none to swap to, and what to do.

@@ -42,7 +42,7 @@ pub enum Form {
     Frame,
     /// In the pool of the domain, or known to be four bytes over and over.
     Compressed,
-    /// In the swap file of the domain.
+    /// In the swap file of the domain, or on the way there.
     Swapped,
 }
 
@@ -156,6 +156,14 @@ impl Bytes {
             payload,
         }
     }
+
+    /// In a swap file, to be found by `payload`.
+    pub const fn swapped(payload: u64) -> Bytes {
+        Bytes {
+            form: Form::Swapped,
+            payload,
+        }
+    }
 }
 
 /// What is known of a shared record.
@@ -202,6 +210,7 @@ pub struct Records<S: RecordStore> {
     live: u64,
     sharers: u64,
     compressed: u64,
+    swapped: u64,
 }
 
 impl<S: RecordStore> Records<S> {
@@ -214,6 +223,7 @@ impl<S: RecordStore> Records<S> {
             live: 0,
             sharers: 0,
             compressed: 0,
+            swapped: 0,
         }
     }
 
@@ -313,11 +323,12 @@ impl<S: RecordStore> Records<S> {
     }
 
     fn count(&mut self, from: Form, to: Form) {
-        let is = |form: Form| u64::from(form == Form::Compressed);
-        self.compressed = self
-            .compressed
-            .saturating_add(is(to))
-            .saturating_sub(is(from));
+        let counted = |count: u64, which: Form| {
+            let is = |form: Form| u64::from(form == which);
+            count.saturating_add(is(to)).saturating_sub(is(from))
+        };
+        self.compressed = counted(self.compressed, Form::Compressed);
+        self.swapped = counted(self.swapped, Form::Swapped);
     }
 
     /// Adds a sharer unless there are `max` of them; answers how many there are now.
@@ -378,6 +389,11 @@ impl<S: RecordStore> Records<S> {
     /// Records whose bytes are compressed.
     pub fn compressed(&self) -> u64 {
         self.compressed
+    }
+
+    /// Records whose bytes are in a swap file.
+    pub fn swapped(&self) -> u64 {
+        self.swapped
     }
 
     /// Sharers of all records.
@@ -491,7 +507,12 @@ mod tests {
             records.put(id, Bytes::compressed(7)),
             Some(Bytes::frame(PAYLOAD_MAX))
         );
-        assert_eq!(records.compressed(), 1);
+        assert_eq!((records.compressed(), records.swapped()), (1, 0));
+        assert_eq!(
+            records.put(id, Bytes::swapped(7)),
+            Some(Bytes::compressed(7))
+        );
+        assert_eq!((records.compressed(), records.swapped()), (0, 1));
     }
 
     #[test]
@@ -540,8 +561,12 @@ mod tests {
             20 => (0..=PAYLOAD_MAX, 1u32..4).prop_map(|(pfn, sharers)| Op::Alloc { pfn, sharers }),
             10 => (any::<usize>(), 1u32..6).prop_map(|(pick, max)| Op::Add { pick, max }),
             20 => any::<usize>().prop_map(|pick| Op::Drop { pick }),
-            10 => (any::<usize>(), any::<bool>(), 0..=PAYLOAD_MAX).prop_map(|(pick, frame, payload)| {
-                let bytes = if frame { Bytes::frame(payload) } else { Bytes::compressed(payload) };
+            10 => (any::<usize>(), 0..3, 0..=PAYLOAD_MAX).prop_map(|(pick, form, payload)| {
+                let bytes = match form {
+                    0 => Bytes::frame(payload),
+                    1 => Bytes::compressed(payload),
+                    _ => Bytes::swapped(payload),
+                };
                 Op::Put { pick, bytes }
             }),
         ]
@@ -598,9 +623,9 @@ mod tests {
                         shared.bytes = bytes;
                     },
                 }
-                let compressed = |shared: &&Shared| shared.bytes.form == Form::Compressed;
-                let compressed = model.values().filter(compressed).count() as u64;
-                prop_assert_eq!(records.compressed(), compressed);
+                let count = |form| model.values().filter(|shared| shared.bytes.form == form).count() as u64;
+                prop_assert_eq!(records.compressed(), count(Form::Compressed));
+                prop_assert_eq!(records.swapped(), count(Form::Swapped));
                 let sharers = model.values().map(|shared| u64::from(shared.sharers)).sum::<u64>();
                 prop_assert_eq!(records.len(), model.len() as u64);
                 prop_assert_eq!(records.sharers(), sharers);

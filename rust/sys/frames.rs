@@ -7,10 +7,11 @@ use super::{
     packed::Packed,
     page::{Frame, Label, PageRef},
     slots::Sharer,
-    zs::{Corrupt, Scratch},
+    zs::{Corrupt, NoRoom, Scratch},
 };
 use crate::logic::{
     catalog::{GroupPage, PageStore},
+    clusters::Place,
     records::{Bytes, Dropped, Form, RecordPage, RecordStore, Records},
 };
 use kernel::{
@@ -70,7 +71,14 @@ impl Owned {
     fn into_bytes(self) -> Bytes {
         match self {
             Owned::Frame(frame) => Bytes::frame(frame.into_pfn()),
-            Owned::Packed(packed) => Bytes::compressed(Packed::into_payload(packed)),
+            Owned::Packed(packed) => {
+                let swapped = packed.place().is_some();
+                let payload = Packed::into_payload(packed);
+                match swapped {
+                    true => Bytes::swapped(payload),
+                    false => Bytes::compressed(payload),
+                }
+            }
         }
     }
 
@@ -83,7 +91,9 @@ impl Owned {
         // SAFETY: By the caller's promise, for whichever form it was.
         unsafe {
             match bytes.form {
-                Form::Compressed => Owned::Packed(Packed::from_payload(bytes.payload)),
+                Form::Compressed | Form::Swapped => {
+                    Owned::Packed(Packed::from_payload(bytes.payload))
+                }
                 _ => Owned::Frame(Frame::from_pfn(bytes.payload)),
             }
         }
@@ -193,7 +203,7 @@ impl FrameRecords {
         // `&mut self`.
         Some(unsafe {
             match bytes.form {
-                Form::Compressed => Held::Packed(Packed::of_payload(bytes.payload)),
+                Form::Compressed | Form::Swapped => Held::Packed(Packed::of_payload(bytes.payload)),
                 _ => Held::Frame(PageRef::from_pfn(bytes.payload)),
             }
         })
@@ -270,9 +280,49 @@ impl FrameRecords {
             return Err(NotUnpacked::Changed(frame));
         };
         packed.copy_to(&mut frame, scratch)?;
+        self.put_frame(id, frame).ok_or(NotUnpacked::Corrupt)
+    }
+
+    /// Gives a packed record `frame`, which has its content. What it was packed to is handed over.
+    pub(crate) fn put_frame(&mut self, id: u32, mut frame: Frame) -> Option<Owned> {
+        let Some(Held::Packed(packed)) = self.held(id) else {
+            return None;
+        };
         frame.set_label(packed.label());
-        self.exchange(id, Owned::Frame(frame))
-            .map_err(|_| NotUnpacked::Corrupt)
+        self.exchange(id, Owned::Frame(frame)).ok()
+    }
+
+    /// A compressed record lies at `place` of its swap file from here on.
+    pub(crate) fn move_out(&mut self, id: u32, place: Place) -> bool {
+        self.change(id, |packed| {
+            packed.move_out(place);
+            Ok(())
+        })
+        .is_ok()
+    }
+
+    /// Keeps `bytes`, what a record has in the swap file, in its store; hands its place over.
+    pub(crate) fn move_in(&mut self, id: u32, bytes: &[u8]) -> Result<Place, NoRoom> {
+        self.change(id, |packed| packed.move_in(bytes))
+    }
+
+    /// Changes what a packed record is packed to.
+    fn change<T>(
+        &mut self,
+        id: u32,
+        change: impl FnOnce(&mut Packed) -> Result<T, NoRoom>,
+    ) -> Result<T, NoRoom> {
+        let bytes = self.0.get(id).ok_or(NoRoom::Memory)?.bytes;
+        if bytes.form == Form::Frame {
+            return Err(NoRoom::Memory);
+        }
+        // SAFETY: The record owns it; the second owner made here gives it away again below, with the
+        // same payload, and nobody else has it as long as the records are borrowed.
+        let mut packed = unsafe { Packed::from_payload(bytes.payload) };
+        let done = change(&mut packed);
+        // The same payload as before: the record can hold it.
+        self.0.put(id, Owned::Packed(packed).into_bytes());
+        done
     }
 
     /// Puts `new` in the place of what a record owned, which is handed over; `new` comes back if the

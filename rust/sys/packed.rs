@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A shared page without a frame: compressed in a store, or known by the four bytes that fill it.
+//! A shared page without a frame: compressed in a store, known by the four bytes that fill it, or in a
+//! swap file.
 //!
 //! The label that a shared frame keeps in its struct page is kept here, so that a packed page is
 //! found by its content all the same. 32 bytes; a record names one by its physical address.
@@ -11,7 +12,7 @@ use super::{
     page::{Frame, Label},
     zs::{Corrupt, NoRoom, Object, Scratch, Store},
 };
-use crate::logic::records::PAYLOAD_MAX;
+use crate::logic::{clusters::Place, records::PAYLOAD_MAX};
 use core::ptr;
 use kernel::{
     alloc::flags::{GFP_NOWAIT, __GFP_NOWARN},
@@ -23,20 +24,23 @@ use kernel::{
 ///
 /// # Invariants
 ///
-/// With a length, `what` is the handle of a live object of `store` that this value owns.
+/// With a length, but for [`SWAPPED`], `what` is the handle of a live object of `store` that this value
+/// owns.
 #[repr(align(32))]
 pub(crate) struct Packed {
     hash: u64,
     store: Arc<Store>,
-    /// The object's handle, or the pattern.
+    /// The object's handle, the pattern, or the place in the scope's swap file.
     what: usize,
     scope: u32,
-    /// Of the object; 0: `what` is a pattern.
+    /// Of the object; 0: `what` is a pattern, [`SWAPPED`]: a place.
     len: u16,
     /// Where the frame was.
     node: i16,
 }
 
+/// A length that no object has.
+const SWAPPED: u16 = u16::MAX;
 /// Bytes of one, in steps of which a payload counts.
 const STEP: usize = 32;
 const _: () = assert!(core::mem::size_of::<Packed>() == STEP);
@@ -81,6 +85,25 @@ impl Packed {
             what: pattern as usize,
             scope: label.scope,
             len: 0,
+            node: node as i16,
+        })
+    }
+
+    /// A page that lies at `place` in the swap file of its scope; whoever has the value gives the place
+    /// back. `store` is where others of its scope are.
+    pub(crate) fn swapped(
+        label: Label,
+        node: i32,
+        store: &Arc<Store>,
+        place: Place,
+    ) -> Result<KBox<Packed>, NoRoom> {
+        // INVARIANT: `SWAPPED`, no object.
+        Packed::boxed(Packed {
+            hash: label.hash,
+            store: store.clone(),
+            what: place.payload() as usize,
+            scope: label.scope,
+            len: SWAPPED,
             node: node as i16,
         })
     }
@@ -136,23 +159,66 @@ impl Packed {
         self.node.into()
     }
 
-    /// Fills `to` with the page. Does not sleep.
-    pub(crate) fn copy_to(&self, to: &mut Frame, scratch: &mut Scratch) -> Result<(), Corrupt> {
-        if self.len == 0 {
-            to.fill(self.what as u32);
-            return Ok(());
+    /// Where it lies in the swap file of its scope, if it does.
+    pub(crate) fn place(&self) -> Option<Place> {
+        (self.len == SWAPPED).then(|| Place::from_payload(self.what as u64))
+    }
+
+    /// The object, if it is one.
+    fn object(&self) -> Option<Object> {
+        if matches!(self.len, 0 | SWAPPED) {
+            return None;
         }
-        // SAFETY: By the invariant.
-        let object = unsafe { Object::from_parts(self.what, self.len) };
-        self.store.get(&object, scratch, to)
+        // SAFETY: By the invariant; nobody frees it as long as this value is borrowed.
+        Some(unsafe { Object::from_parts(self.what, self.len) })
+    }
+
+    /// Whether it takes room in its store.
+    pub(crate) fn is_object(&self) -> bool {
+        self.object().is_some()
+    }
+
+    /// Copies the object, if it is one.
+    pub(crate) fn read<'a>(&self, scratch: &'a mut Scratch) -> Option<&'a [u8]> {
+        self.store.read(&self.object()?, scratch)
+    }
+
+    /// Fills `to` with the page, unless it is in a swap file. Does not sleep.
+    pub(crate) fn copy_to(&self, to: &mut Frame, scratch: &mut Scratch) -> Result<(), Corrupt> {
+        match self.object() {
+            Some(object) => self.store.get(&object, scratch, to),
+            None if self.len == 0 => {
+                to.fill(self.what as u32);
+                Ok(())
+            }
+            None => Err(Corrupt),
+        }
+    }
+
+    /// The page lies at `place` from here on; its object is freed.
+    pub(super) fn move_out(&mut self, place: Place) {
+        let object = self.object();
+        // INVARIANT: `SWAPPED`, no object.
+        (self.what, self.len) = (place.payload() as usize, SWAPPED);
+        if let Some(object) = object {
+            self.store.free(object);
+        }
+    }
+
+    /// Keeps `bytes`, what lies at its place, in the store, whatever its size; hands the place over.
+    /// Does not wait for memory.
+    pub(super) fn move_in(&mut self, bytes: &[u8]) -> Result<Place, NoRoom> {
+        let place = self.place().ok_or(NoRoom::Memory)?;
+        let object = self.store.put(bytes, self.node.into(), u64::MAX)?;
+        // INVARIANT: the object is this value's from here on.
+        (self.what, self.len) = object.into_parts();
+        Ok(place)
     }
 }
 
 impl Drop for Packed {
     fn drop(&mut self) {
-        if self.len != 0 {
-            // SAFETY: By the invariant; nobody looks at it any more.
-            let object = unsafe { Object::from_parts(self.what, self.len) };
+        if let Some(object) = self.object() {
             self.store.free(object);
         }
     }

@@ -322,6 +322,13 @@ impl<'a> PageRef<'a> {
         }
     }
 
+    /// The bytes of a shared frame, which nobody writes to.
+    pub(crate) fn published_bytes(&self) -> &[u8] {
+        // SAFETY: The page is in the direct map and PAGE_SIZE long; by its kind nobody writes to it as
+        // long as it has the reference that is borrowed here.
+        unsafe { core::slice::from_raw_parts(self.address().cast(), PAGE_SIZE) }
+    }
+
     /// Whether both pages hold the same bytes.
     pub(crate) fn same_content(self, other: PageRef<'_>) -> bool {
         // SAFETY: Both pages are in the direct map and PAGE_SIZE long.

@@ -4,8 +4,9 @@
 mod tests {
     use crate::{
         engine::{
+            host::Host,
             region::Registry,
-            shared::{Candidate, Key, SharedIndex, CANDIDATES},
+            shared::{Before, Candidate, Key, SharedIndex, CANDIDATES},
             vm::Scope,
         },
         sys::{
@@ -130,10 +131,13 @@ mod tests {
         ));
         let mut scratch = Scratch::new().ok_or(ENOMEM)?;
         let mut to = Frame::alloc(Purpose::Shared, -1).ok_or(ENOMEM)?;
-        assert!(index.copy(id, &mut to, &mut scratch).is_ok());
+        let host = Host::new()?;
+        assert!(index.copy(id, &mut to, &mut scratch, host.away()).is_ok());
         assert!(to.as_ref().same_content(copy.as_ref()));
         to.clear();
-        let back = index.bring_back(id, to, &mut scratch).map_err(|_| EIO)?;
+        let back = index.bring_back(id, to, &mut scratch, host.away());
+        let (back, before) = back.map_err(|_| EIO)?;
+        assert!(before == Before::Packed);
         assert!(back.as_ref().same_content(copy.as_ref()));
         assert!(back.as_ref().label() == label);
         assert_eq!(index.figures().packed, 0);

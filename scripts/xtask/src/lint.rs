@@ -272,7 +272,7 @@ pub fn arrows(path: &str, text: &str) -> Vec<(usize, String)> {
 /// its own storey and those below, but those who do it are independent of each other.
 const STOREYS: &[&[&str]] = &[
     &[
-        "vm", "region", "shared", "pressure", "sample", "stall", "volume",
+        "vm", "region", "shared", "pools", "pressure", "sample", "stall", "volume",
     ],
     &[
         "backing", "merge", "split", "compress", "cold", "caps", "swap", "huge", "survey",
@@ -285,7 +285,7 @@ const STOREYS: &[&[&str]] = &[
 /// The object that ties all of the engine together: it uses every storey, and every storey uses it
 /// but for these, which can be understood without it.
 const TOP: &str = "host";
-const WITHOUT_TOP: &[&str] = &["region", "shared"];
+const WITHOUT_TOP: &[&str] = &["region", "shared", "pools"];
 
 /// Paths inside the engine that lead upstairs: (line, what).
 pub fn stairs(path: &str, text: &str) -> Vec<(usize, String)> {

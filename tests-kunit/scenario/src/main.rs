@@ -31,6 +31,7 @@ mod prove;
 mod selftest;
 mod sharing;
 mod swap;
+mod swapshared;
 mod sys;
 mod sysfs;
 mod torture;
@@ -184,6 +185,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         compress::CASES,
         cold::CASES,
         swap::CASES,
+        swapshared::CASES,
         zswap::CASES,
         active::CASES,
         inject::CASES,

@@ -111,7 +111,8 @@ const SOON: f64 = 40.0;
 pub struct Disk<'a> {
     ctx: &'a Ctx,
     device: PathBuf,
-    path: PathBuf,
+    /// Where it is mounted.
+    pub path: PathBuf,
 }
 
 impl<'a> Disk<'a> {
@@ -145,7 +146,8 @@ impl<'a> Disk<'a> {
         self.ctx.sys().set("swap_dir", self.path.display())
     }
 
-    fn raw(&self, write: bool) -> Result<File> {
+    /// The device, past every cache.
+    pub fn raw(&self, write: bool) -> Result<File> {
         File::options()
             .read(true)
             .write(write)
@@ -155,7 +157,7 @@ impl<'a> Disk<'a> {
     }
 
     /// All of the disk, past every cache.
-    fn bytes(&self) -> Result<Vec<u8>> {
+    pub fn bytes(&self) -> Result<Vec<u8>> {
         const STEP: usize = 1 << 20;
         let file = self.raw(false)?;
         let buffer = Map::anonymous(STEP)?;
@@ -172,13 +174,14 @@ impl<'a> Disk<'a> {
         }
     }
 
-    fn used_blocks(&self) -> Result<u64> {
+    /// Blocks that are in use on it.
+    pub fn used_blocks(&self) -> Result<u64> {
         let stat = nix::sys::statfs::statfs(&self.path)?;
         Ok(stat.blocks() - stat.blocks_free())
     }
 
     /// Lets go of it, which nothing may keep from happening.
-    fn unmount(&self) -> Result<()> {
+    pub fn unmount(&self) -> Result<()> {
         self.ctx.sys().set("swap_dir", "\n")?;
         self.ctx.until("the disk to be free", SOON, || {
             Ok(match umount(&self.path) {
@@ -225,7 +228,7 @@ fn map_again(guest: &Guest) -> Result<Map> {
 }
 
 /// Touching a page that is lost kills by SIGBUS. User-Mode Linux has no such answer and would stop.
-fn touch_lost(ctx: &Ctx, guest: &Guest, page: usize) -> Result<()> {
+pub fn touch_lost(ctx: &Ctx, guest: &Guest, page: usize) -> Result<()> {
     if fs::read_to_string("/proc/cpuinfo")?.contains("User Mode Linux") {
         return Ok(());
     }
@@ -618,7 +621,7 @@ fn read_fails(ctx: &Ctx) -> Result<()> {
 }
 
 /// Blocks that hold what looks random, and was not there before.
-fn dense(before: &[u8], after: &[u8]) -> Vec<usize> {
+pub fn dense(before: &[u8], after: &[u8]) -> Vec<usize> {
     let blocks = before.chunks(PAGE).zip(after.chunks(PAGE)).enumerate();
     blocks
         .filter(|(_, (before, after))| {
