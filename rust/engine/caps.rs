@@ -116,7 +116,7 @@ impl Host {
             let mut fits = true;
             self.vms().for_each(|vm| {
                 if vm.swap().own_dir().is_none() {
-                    let kb = vm.snapshot().pages.swapped_kb();
+                    let kb = pages_to_kb(vm.swap().live());
                     needed = needed.saturating_add(kb);
                     fits &= has_room(vm, kb);
                 }

@@ -571,47 +571,53 @@ pub(crate) fn pool_cap_pages(host: &Host, scope: Scope) -> Result<u64> {
 }
 
 /// Takes the pages that lie in `which` clusters out of a swap file, into the pool while that has fewer
-/// pages than `pool_pages`. False when memory is short, or the thread is to stop.
+/// pages than the first of `into`. What cannot be read stays, and is counted; if the second says so, it
+/// is lost for good. `None` when memory is short, or the thread is to stop.
 pub(super) fn bring_in(
     host: &Host,
     pool: &SharedPool,
     scratch: &mut Scratch,
-    pool_pages: u64,
+    (pool_pages, gives_up): (u64, bool),
     which: Which<'_>,
-) -> bool {
-    let is_swapped = |packed: &Packed| packed.place().is_some();
-    let (mut from, mut spare) = (0, None);
+) -> Option<u64> {
+    let is_swapped = |packed: &Packed| packed.place().is_some_and(|place| !place.is_lost());
+    let (mut from, mut spare, mut unread) = (0, None, 0u64);
     loop {
         let Some((id, node)) = host
             .index()
             .next_packed(&mut from, LOOK, pool.scope, is_swapped)
         else {
             if from == u32::MAX {
-                return true;
+                return Some(unread);
             }
             task::cond_resched();
             continue;
         };
         loop {
             if task::should_stop() {
-                return false;
+                return None;
             }
             let tools = (&mut *scratch, &mut spare);
             let index = host.index();
             match index.move_in(id, pool, host.away(), tools, (pool_pages, which)) {
-                MovedIn::Done | MovedIn::Lost => break,
+                MovedIn::Done => break,
+                MovedIn::Lost => {
+                    unread = unread.saturating_add(1);
+                    if gives_up {
+                        host.index().lose(id, pool);
+                    }
+                    break;
+                }
                 MovedIn::InFrame => {
                     count(&host.events.shared_swap_ins);
                     count(&host.swap.events.ins);
                     break;
                 }
                 MovedIn::Unread(unread) => unread.load(&host.swap),
-                MovedIn::NoMemory => return false,
+                MovedIn::NoMemory => return None,
                 MovedIn::NeedsFrame => {
                     spare = Frame::alloc(Purpose::Shared, node);
-                    if spare.is_none() {
-                        return false;
-                    }
+                    spare.as_ref()?;
                 }
             }
         }

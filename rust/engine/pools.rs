@@ -158,6 +158,9 @@ impl SharedPools {
 
     /// A page of `scope` is not in the swap file any more.
     pub(crate) fn release(&self, scope: u32, place: Place) {
+        if place.is_lost() {
+            return;
+        }
         match self.swap_of(scope) {
             Some(swap) => swap.release(place),
             None => kernel::pr_err_once!("thinram: a shared page has lost its swap file\n"),

@@ -315,6 +315,11 @@ fn break_shares(
                 let _ = reserve.frames.push_within_capacity(own);
                 return Ok(Some(unread));
             }
+            // As above.
+            Err(NotHad::Lost) if host.index().is_lost(record) => {
+                let _ = reserve.frames.push_within_capacity(own);
+                return Ok(None);
+            }
             Err(NotHad::Lost | NotHad::Corrupt) => return Err(EIO),
         }
         guard.zap(index);

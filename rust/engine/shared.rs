@@ -131,6 +131,9 @@ fn read(
     frame: &mut Frame,
     away: Away<'_>,
 ) -> Result<(), NotHad> {
+    if place.is_lost() {
+        return Err(NotHad::Lost);
+    }
     let swap = away.pools.swap_of(scope).ok_or(NotHad::Lost)?;
     match swap.fill(away.work, place, scratch, frame) {
         Fetched::Bytes(_) => Ok(()),
@@ -429,6 +432,24 @@ impl SharedIndex {
         drop(inner);
         drop(packed);
         MovedIn::InFrame
+    }
+
+    /// A record of a scope that cannot be read is lost for good; its place is given back.
+    pub(super) fn lose(&self, id: u32, pool: &SharedPool) {
+        let mut inner = self.lock();
+        match inner.place_of(id) {
+            Some((scope, place)) if scope == pool.scope.0 && !place.is_lost() => {
+                if inner.records.move_out(id, Place::LOST) {
+                    pool.swap.release(place);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether the record is lost for good.
+    pub(crate) fn is_lost(&self, id: u32) -> bool {
+        matches!(self.lock().place_of(id), Some((_, place)) if place.is_lost())
     }
 
     /// Puts `packed` in the place of `frame`, a record's. An error when somebody holds the frame, or

@@ -16,14 +16,14 @@ use super::{
 };
 use crate::{
     logic::{
-        clusters::{CLUSTERS_MAX, CLUSTER_BYTES},
+        clusters::{Place, CLUSTERS_MAX, CLUSTER_BYTES},
         slot::State,
     },
     sys::{
         clock,
         page::Frame,
         protect,
-        slots::SLOTS,
+        slots::{Content, SLOTS},
         swapio::{Buffer, SwapDir, SwapFile},
         task::{self, Work},
         zs::Scratch,
@@ -40,6 +40,8 @@ const CHUNK: u32 = 128;
 const PAUSE_US: u64 = 1_000_000;
 /// And so on, so many times.
 const PAUSE_DOUBLINGS: u32 = 5;
+/// What cannot be read for so long is given up when its file is to be let go.
+const GIVE_UP_US: u64 = 5_000_000;
 /// When there is something to come back to.
 const AGAIN_US: u64 = 500_000;
 /// When there is not.
@@ -213,8 +215,13 @@ fn serve(host: &Host, owner: &Owner<'_>, scratch: &mut Scratch) -> bool {
     let mut again = !write_all(host, owner) || failed;
     if retires {
         let cap = owner.pool_cap(host);
-        let all = bring_back(host, owner, scratch, cap, &|_, _| true);
-        again |= !(all && swap.drop_empty());
+        let gives_up = {
+            let since = swap.lock().unread_since_us;
+            since > 0 && clock::now_us().saturating_sub(since) >= GIVE_UP_US
+        };
+        let all = bring_back(host, owner, scratch, (cap, gives_up), &|_, _| true);
+        note_unread(host, owner, all, gives_up);
+        again |= !(all.is_some() && swap.drop_empty());
         host.reclaimer_bell.ring();
     } else {
         let (failed, sparse) = {
@@ -228,7 +235,8 @@ fn serve(host: &Host, owner: &Owner<'_>, scratch: &mut Scratch) -> bool {
         };
         if failed {
             // As they were: in the pool, whatever its cap.
-            bring_back(host, owner, scratch, u64::MAX, &|volume, cluster| {
+            let into = (u64::MAX, false);
+            bring_back(host, owner, scratch, into, &|volume, cluster| {
                 let mut sealed = volume.sealed.iter().flatten();
                 sealed.any(|s| s.failed && s.cluster == cluster)
             });
@@ -236,12 +244,35 @@ fn serve(host: &Host, owner: &Owner<'_>, scratch: &mut Scratch) -> bool {
         } else if sparse {
             // They go out again, packed, once the pool is full.
             let cap = owner.pool_cap(host);
-            bring_back(host, owner, scratch, u64::MAX, &|volume, cluster| {
+            let into = (u64::MAX, false);
+            bring_back(host, owner, scratch, into, &|volume, cluster| {
                 owner.pool_pages() < cap && volume.clusters.is_gappy(cluster)
             });
         }
     }
     again
+}
+
+/// Notes how it went with a file that is to be let go: `unread` pages of it could not be read (`None`:
+/// not all were tried), and were given up if it `gave_up`.
+fn note_unread(host: &Host, owner: &Owner<'_>, unread: Option<u64>, gave_up: bool) {
+    let mut inner = owner.swap().lock();
+    inner.unread_since_us = match (unread, inner.unread_since_us) {
+        (Some(1..), since) if gave_up || since > 0 => since,
+        (Some(1..), _) => clock::now_us(),
+        (None, since) => since,
+        (Some(0), _) => 0,
+    };
+    drop(inner);
+    let Some(pages) = unread.filter(|pages| gave_up && *pages > 0) else {
+        return;
+    };
+    host.swap.events.lost.fetch_add(pages, Ordering::Relaxed);
+    owner.with_name(|name| {
+        pr_err!(
+            "swap: {pages} pages of {name} cannot be read; they are lost, their file is let go\n"
+        );
+    });
 }
 
 /// Makes the file, or makes it larger.
@@ -432,20 +463,21 @@ fn was_written(
 }
 
 /// Takes the pages that lie in such clusters out of the file, into the pool while that has fewer
-/// pages than `pool_pages`. False when memory is short, or the thread is to stop.
+/// pages than the first of `into`. What cannot be read stays, and is counted; if the second says so, it
+/// is lost for good. `None` when memory is short, or the thread is to stop.
 fn bring_back(
     host: &Host,
     owner: &Owner<'_>,
     scratch: &mut Scratch,
-    pool_pages: u64,
+    into: (u64, bool),
     which: Which<'_>,
-) -> bool {
+) -> Option<u64> {
     if !owner.opens() {
-        return false;
+        return None;
     }
     match owner {
-        Owner::Vm(vm) => bring_slots_back(host, vm, scratch, pool_pages, which),
-        Owner::Scope(pool) => cold::bring_in(host, pool, scratch, pool_pages, which),
+        Owner::Vm(vm) => bring_slots_back(host, vm, scratch, into, which),
+        Owner::Scope(pool) => cold::bring_in(host, pool, scratch, into, which),
     }
 }
 
@@ -453,10 +485,10 @@ fn bring_slots_back(
     host: &Host,
     vm: &Arc<Vm>,
     scratch: &mut Scratch,
-    pool_pages: u64,
+    into: (u64, bool),
     which: Which<'_>,
-) -> bool {
-    let mut spare = None;
+) -> Option<u64> {
+    let (mut spare, mut unread) = (None, 0u64);
     for id in 0..host.registry().end() {
         let Some(region) = host.registry().get(id) else {
             continue;
@@ -469,32 +501,32 @@ fn bring_slots_back(
                 continue;
             }
             if task::should_stop() {
-                return false;
+                return None;
             }
-            let place = (index, pool_pages);
-            if !bring_one(host, &region, place, scratch, &mut spare, which) {
-                return false;
-            }
+            let came = bring_one(host, &region, (index, into), scratch, &mut spare, which)?;
+            unread = unread.saturating_add(u64::from(!came));
             task::cond_resched();
         }
     }
-    true
+    Some(unread)
 }
 
+/// The same for one slot: whether it could be read, if it is one to come back.
 fn bring_one(
     host: &Host,
     region: &Region,
-    (index, pool_pages): (usize, u64),
+    (index, (pool_pages, gives_up)): (usize, (u64, bool)),
     scratch: &mut Scratch,
     spare: &mut Option<Frame>,
     which: Which<'_>,
-) -> bool {
+) -> Option<bool> {
     let vm = region.vm();
     loop {
         let mut guard = region.lock();
         let slot = guard.slot(index);
-        if slot.state() != State::Swapped || guard.is_retired() {
-            return true;
+        let gone = slot.state() != State::Swapped || slot.place().is_lost();
+        if gone || guard.is_retired() {
+            return Some(true);
         }
         let wanted = {
             let inner = vm.swap().lock();
@@ -502,24 +534,28 @@ fn bring_one(
             volume.is_some_and(|volume| which(volume, slot.place().cluster()))
         };
         if !wanted {
-            return true;
+            return Some(true);
         }
         match swap::bring_back(host, &mut guard, index, scratch, spare, pool_pages) {
-            Back::Done | Back::Lost => return true,
-            Back::NoMemory => return false,
+            Back::Done => return Some(true),
+            Back::Lost => {
+                if gives_up {
+                    host.release(guard.set(index, Content::Swapped(Place::LOST), 0));
+                }
+                return Some(false);
+            }
+            Back::NoMemory => return None,
             Back::Absent => {
                 drop(guard);
                 if task::should_stop() {
-                    return false;
+                    return None;
                 }
                 vm.swap().load(&host.swap, slot.place());
             }
             Back::NeedsFrame => {
                 drop(guard);
                 *spare = region.returned_frame();
-                if spare.is_none() {
-                    return false;
-                }
+                spare.as_ref()?;
             }
         }
     }

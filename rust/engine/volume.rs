@@ -136,6 +136,8 @@ pub(super) struct Inner {
     pub(super) grow_after_us: u64,
     /// Failures in a row.
     pub(super) failures: u32,
+    /// Since then all that is in the file, which is to be let go, cannot be read; 0 if that is not so.
+    pub(super) unread_since_us: u64,
 }
 
 /// Clusters that wait to be read.
@@ -198,6 +200,7 @@ impl Swap {
                         write_after_us: 0,
                         grow_after_us: 0,
                         failures: 0,
+                        unread_since_us: 0,
                     },
                     "thinram_swap"
                 ),
@@ -343,6 +346,9 @@ impl Swap {
 
     /// The object is not needed any more.
     pub(super) fn release(&self, place: Place) {
+        if place.is_lost() {
+            return;
+        }
         if let Some(volume) = &mut self.lock().volume {
             if !volume.clusters.release(place) {
                 kernel::pr_err_once!("thinram: a place in a swap file was given back twice\n");
@@ -770,6 +776,8 @@ pub(crate) struct SwapEvents {
     pub(crate) no_space: AtomicU64,
     /// Objects that were not what had been written.
     pub(crate) corrupt: AtomicU64,
+    /// Pages that were given up with the file that they could not be read from.
+    pub(crate) lost: AtomicU64,
 }
 
 /// A cluster that somebody waits for.

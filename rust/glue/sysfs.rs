@@ -246,6 +246,7 @@ files! {
     "swap_writes_failed": |h, page| line(page, load(&h.0.swap.events.writes_failed));
     "swap_reads_failed": |h, page| line(page, load(&h.0.swap.events.reads_failed));
     "swap_objects_corrupt": |h, page| line(page, load(&h.0.swap.events.corrupt));
+    "swap_pages_lost": |h, page| line(page, load(&h.0.swap.events.lost));
     "swap_outs_refused_no_space": |h, page| line(page, load(&h.0.swap.events.no_space));
     "splits": |h, page| line(page, load(&h.0.splits.splits));
     "split_pages_gained": |h, page| line(page, load(&h.0.splits.gained));

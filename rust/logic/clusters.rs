@@ -27,7 +27,7 @@ const CLUSTER_BITS: u32 = 28;
 const NONE: u32 = u32::MAX;
 
 const _: () = assert!(CLUSTER_BYTES == UNIT << UNIT_BITS);
-const _: () = assert!(UNIT_BITS + CLUSTER_BITS <= super::slot::PAYLOAD_BITS);
+const _: () = assert!(UNIT_BITS + CLUSTER_BITS < super::slot::PAYLOAD_BITS);
 const _: () = assert!(size_of::<Cluster>() == 16);
 
 /// Where an object lies: its cluster, and its first unit in that.
@@ -35,6 +35,15 @@ const _: () = assert!(size_of::<Cluster>() == 16);
 pub struct Place(u64);
 
 impl Place {
+    /// Of an object that could not be read when its file was let go: in no cluster.
+    pub const LOST: Place = Place(1 << (UNIT_BITS + CLUSTER_BITS));
+
+    /// Whether it is [`Place::LOST`].
+    #[inline]
+    pub const fn is_lost(self) -> bool {
+        self.0 == Self::LOST.0
+    }
+
     /// Unit `unit` of a cluster.
     const fn new(cluster: u32, unit: usize) -> Place {
         Place(((cluster as u64) << UNIT_BITS) | unit as u64)
@@ -49,7 +58,7 @@ impl Place {
     /// From [`Place::payload`].
     #[inline]
     pub const fn from_payload(payload: u64) -> Place {
-        Place(payload & ((1 << (UNIT_BITS + CLUSTER_BITS)) - 1))
+        Place(payload & super::slot::PAYLOAD_MAX)
     }
 
     /// The cluster.
@@ -363,6 +372,7 @@ impl Fill {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::slot::Slot;
     use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
 
@@ -401,6 +411,15 @@ mod tests {
                 assert_eq!((place.cluster(), place.offset()), (cluster, unit * UNIT));
             }
         }
+    }
+
+    #[test]
+    fn a_lost_object_is_in_no_cluster() {
+        let lost = Place::from_payload(Place::LOST.payload());
+        assert!(lost.is_lost() && Slot::swapped(lost).place().is_lost());
+        assert!(lost.cluster() >= CLUSTERS_MAX);
+        assert!(!Place::new(CLUSTERS_MAX - 1, CLUSTER_BYTES / UNIT - 1).is_lost());
+        assert!(!with(1).release(lost));
     }
 
     #[test]

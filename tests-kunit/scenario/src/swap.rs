@@ -70,6 +70,11 @@ pub const CASES: &[Case] = &[
         "swap_dir set empty brings everything back, or is ENOMEM",
         drain,
     ),
+    Case::thinram(
+        "swap/drain-fails",
+        "what cannot be read is lost when swap_dir is set empty, and keeps no mount",
+        drain_fails,
+    ),
     Case::thinram("swap/no-space", "on a full disk the pages stay", no_space),
     Case::thinram(
         "swap/write-fails",
@@ -118,6 +123,11 @@ pub struct Disk<'a> {
 impl<'a> Disk<'a> {
     /// Makes it and points `swap_dir` at it.
     pub fn new(ctx: &'a Ctx) -> Result<Disk<'a>> {
+        Disk::again(ctx, "disk")
+    }
+
+    /// Makes it anew, mounted at `name`.
+    pub fn again(ctx: &'a Ctx, name: &str) -> Result<Disk<'a>> {
         let Some(device) = ctx.setup.scratch.clone() else {
             return Err(skip("no --scratch device to make a file system on"));
         };
@@ -127,7 +137,7 @@ impl<'a> Disk<'a> {
             .output()
             .context("run mkfs.ext4")?;
         ensure!(made.status.success(), "mkfs.ext4: {made:?}");
-        let path = ctx.dir.join("disk");
+        let path = ctx.dir.join(name);
         fs::create_dir(&path)?;
         mount(
             Some(&device),
@@ -504,6 +514,61 @@ fn drain(ctx: &Ctx) -> Result<()> {
     until_vm(ctx, &guest, "swapped_kb", |kb| kb == 0)?;
     disk.unmount()?;
     guest.holds(0, PAGES, 1)
+}
+
+fn drain_fails(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 1024;
+    let disk = Disk::new(ctx)?;
+    let sys = ctx.sys();
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let guest = mount.guest("web", PAGES)?;
+    let vm = guest.sysfs(ctx);
+    fill_noise(&guest, PAGES);
+    push_out(ctx, &guest, PAGES)?;
+    until_vm(ctx, &guest, "swap_outs", |n| n + 16 >= PAGES as u64)?;
+    let lost = sys.get("swap_pages_lost")?;
+    sys::shut_down(&disk.path)?;
+    disk.unmount()?;
+    let lost = sys.get("swap_pages_lost")? - lost;
+    within("swap_pages_lost", lost, PAGES as u64 - 160, PAGES as u64)?;
+    // They count as what they were, and the rest is back.
+    let stat = vm.stat()?;
+    stat.check_sum()?;
+    eq("swapped_kb", stat.get("swapped_kb")?, 4 * lost)?;
+    eq("swap_file_kb", vm.get("swap_file_kb")?, 0)?;
+    let mut seen = vec![0; PAGE];
+    let mut gone = Vec::new();
+    for page in 0..PAGES {
+        match guest.file.read_exact_at(&mut seen, (page * PAGE) as u64) {
+            Ok(()) => {
+                let words = content::noise(page as u64);
+                let expected: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+                bytes_are(format!("page {page}"), &seen, &expected)?;
+            }
+            Err(e) => {
+                eq("errno", e.raw_os_error(), Some(libc::EIO))?;
+                gone.push(page);
+            }
+        }
+    }
+    eq("pages that are EIO", gone.len() as u64, lost)?;
+    touch_lost(ctx, &guest, gone[0])?;
+    // On another disk the VM swaps on, and what is lost stays lost.
+    let next = Disk::again(ctx, "next")?;
+    force(ctx, "hard")?;
+    until_vm(ctx, &guest, "swapped_kb", |kb| kb == 4 * PAGES as u64)?;
+    force(ctx, "none")?;
+    let page_0 = guest.file.read_exact_at(&mut seen, (gone[0] * PAGE) as u64);
+    fails("read(2) of a lost page", page_0, Errno::EIO)?;
+    next.unmount()?;
+    eq("swapped_kb", vm.get("swapped_kb")?, 4 * lost)?;
+    // A hole frees them.
+    sys::punch(&guest.file, 0, (PAGES * PAGE) as u64)?;
+    guest.is_zero(0, PAGES)?;
+    vm.stat()?.check_sum()?;
+    eq("swapped_kb", vm.get("swapped_kb")?, 0)?;
+    fill_noise(&guest, PAGES);
+    holds_noise(&guest, PAGES)
 }
 
 fn no_space(ctx: &Ctx) -> Result<()> {

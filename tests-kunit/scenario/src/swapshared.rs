@@ -51,6 +51,11 @@ pub const CASES: &[Case] = &[
         drain,
     ),
     Case::thinram(
+        "swap/shared-drain-fails",
+        "what cannot be read is lost for all sharers, and keeps no mount",
+        drain_fails,
+    ),
+    Case::thinram(
         "swap/shared-mount-option",
         "a mount's swap_dir= is for its domain's shared pages too",
         mount_option,
@@ -436,6 +441,58 @@ fn drain(ctx: &Ctx) -> Result<()> {
         holds(guest, 0, PAGES)?;
     }
     eq("still shared", figures(ctx)?, [4 * all, 0, 0, all, 2 * all])
+}
+
+fn drain_fails(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 1024;
+    let (sys, all) = (ctx.sys(), PAGES as u64);
+    let disk = Disk::new(ctx)?;
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let noise = |page: usize| content::noise(page as u64);
+    let guests = merged_from(ctx, &mount, &["a", "b", "c"], PAGES, noise)?;
+    push_out(ctx, 4 * all)?;
+    ctx.until_least("shared_swap_outs", all - 16, SOON)?;
+    let lost = sys.get("swap_pages_lost")?;
+    sys::shut_down(&disk.path)?;
+    disk.unmount()?;
+    let lost = sys.get("swap_pages_lost")? - lost;
+    within("swap_pages_lost", lost, all - 160, all)?;
+    // The records stay, and their sharers; the rest has frames again.
+    let back = 4 * (all - lost);
+    eq("the rest", figures(ctx)?, [back, 0, 4 * lost, all, 2 * all])?;
+    eq("shared_swap_file_kb", sys.get("shared_swap_file_kb")?, 0)?;
+    let mut seen = vec![0; PAGE];
+    for guest in &guests {
+        let mut gone = 0;
+        for page in 0..PAGES {
+            match guest.file.read_exact_at(&mut seen, (page * PAGE) as u64) {
+                Ok(()) => {
+                    let expected: Vec<u8> =
+                        noise(page).iter().flat_map(|w| w.to_ne_bytes()).collect();
+                    bytes_are(format!("page {page} of {}", guest.name), &seen, &expected)?;
+                }
+                Err(e) => {
+                    eq("errno", e.raw_os_error(), Some(libc::EIO))?;
+                    if gone == 0 {
+                        touch_lost(ctx, guest, page)?;
+                    }
+                    gone += 1;
+                }
+            }
+        }
+        eq("pages that are EIO", gone, lost)?;
+    }
+    // Whoever unshares, or moves, leaves those where they are: nobody can read them.
+    sys.set("run", 2)?;
+    eq("unshared", figures(ctx)?, [0, 0, 4 * lost, lost, 2 * lost])?;
+    guests[0].sysfs(ctx).set("domain", "away")?;
+    // A hole in each sharer frees them.
+    for guest in &guests {
+        sys::punch(&guest.file, 0, (PAGES * PAGE) as u64)?;
+        guest.is_zero(0, PAGES)?;
+    }
+    eq("nothing is left", figures(ctx)?, [0; 5])?;
+    sums(ctx)
 }
 
 fn mount_option(ctx: &Ctx) -> Result<()> {
