@@ -175,6 +175,22 @@ const PROTECTIONS: &[Protection] = &[
         large: false,
         with: None,
     },
+    Protection {
+        name: "checksum",
+        prevents: "believing what a disk gives back of a shared page",
+        case: "swap/shared-corrupt",
+        sees: Sees::Corruption,
+        large: false,
+        with: None,
+    },
+    Protection {
+        name: "write_result",
+        prevents: "giving a shared page up that was not written",
+        case: "swap/shared-write-fails",
+        sees: Sees::CorruptionOrBusError,
+        large: false,
+        with: None,
+    },
     large(
         "freeze",
         "splitting a folio that somebody holds a part of",
