@@ -497,13 +497,23 @@ fn pace_cpu(ctx: &Ctx) -> Result<()> {
         sys.set("scan_cpu_max_percent", percent as u64)?;
         thread::sleep(Duration::from_millis(300));
         let (start, cpu, pages) = (Instant::now(), sys.get("scan_cpu_ms")?, passed(&sys)?);
-        thread::sleep(Duration::from_secs(3));
-        let used = (sys.get("scan_cpu_ms")? - cpu) as f64;
-        let wall = start.elapsed().as_secs_f64() * 1000.0;
-        println!("ceiling {percent} %: {:.1} %", used * 100.0 / wall);
         // A batch and a tick of the clock more than the share, more where clocks are coarse.
         let slack = if ctx.setup.patience > 2.0 { 1.5 } else { 1.2 };
-        within("CPU ms", used, 0.0, wall * percent / 100.0 * slack + 20.0)?;
+        // A batch counts as long when others had the machine's CPU meanwhile; the scanner makes up
+        // for it by the sleep that comes next.
+        let mut seconds = 3;
+        let (used, most) = loop {
+            thread::sleep(Duration::from_secs(seconds));
+            let used = (sys.get("scan_cpu_ms")? - cpu) as f64;
+            let wall = start.elapsed().as_secs_f64() * 1000.0;
+            println!("ceiling {percent} %: {:.1} %", used * 100.0 / wall);
+            let most = wall * percent / 100.0 * slack + 20.0;
+            if used <= most || wall > 12_000.0 {
+                break (used, most);
+            }
+            seconds = 1;
+        };
+        within("CPU ms", used, 0.0, most)?;
         that("the scan went on", passed(&sys)? > pages)?;
     }
     Ok(())
