@@ -35,6 +35,8 @@ figures! {
         shared_compressed_pool_kb,
         /// Shared pages that are swapped, in KiB of what they were.
         shared_swapped_kb,
+        /// Length of their swap files, in KiB.
+        shared_swap_file_kb,
         /// Pages that were checked and are unique.
         pages_unshared,
         /// Pages that changed since the last pass.
@@ -75,6 +77,10 @@ figures! {
         swap_outs,
         /// Pages that were read from swap.
         swap_ins,
+        /// Those of `swap_outs` that are shared, each once for all sharers.
+        shared_swap_outs,
+        /// Those of `swap_ins` that are shared.
+        shared_swap_ins,
         /// Writes to swap files.
         swap_writes,
         /// Reads from swap files.
@@ -83,6 +89,8 @@ figures! {
         swap_writes_failed,
         /// Reads that failed; their pages are lost.
         swap_reads_failed,
+        /// Pages that could not be read when their swap file was let go.
+        swap_pages_lost,
         /// Pages whose checksum was wrong when they were read.
         swap_objects_corrupt,
         /// Periods of sampling that are over.

@@ -523,7 +523,7 @@ fn drain_fails(ctx: &Ctx) -> Result<()> {
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = mount.guest("web", PAGES)?;
     let vm = guest.sysfs(ctx);
-    fill_noise(&guest, PAGES);
+    guest.fill_noise(0, PAGES);
     push_out(ctx, &guest, PAGES)?;
     until_vm(ctx, &guest, "swap_outs", |n| n + 16 >= PAGES as u64)?;
     let lost = sys.get("swap_pages_lost")?;
@@ -567,8 +567,8 @@ fn drain_fails(ctx: &Ctx) -> Result<()> {
     guest.is_zero(0, PAGES)?;
     vm.stat()?.check_sum()?;
     eq("swapped_kb", vm.get("swapped_kb")?, 0)?;
-    fill_noise(&guest, PAGES);
-    holds_noise(&guest, PAGES)
+    guest.fill_noise(0, PAGES);
+    guest.holds_noise(0, PAGES)
 }
 
 fn no_space(ctx: &Ctx) -> Result<()> {
