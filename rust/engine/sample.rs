@@ -7,11 +7,18 @@
 //! regions, up to four pages in each; a region of one 2 MiB page counts as a whole. Memory that came
 //! since the period began is in use: a guest that fills its memory would else look idle.
 //!
+//! Taking a page out costs the guest a fault, and a 2 MiB page has no fault but these. So on a host
+//! with memory they are taken out only while somebody asks for `active_kb`, and count as in use
+//! otherwise: whoever does not ask runs as on hugetlbfs.
+//!
 //! Lock order: region, for one page at a time.
 
 use super::{count, host::Host, vm::Vm};
 use crate::{
-    logic::sample::{samples_in, Outcome},
+    logic::{
+        sample::{samples_in, Outcome},
+        state::HostState,
+    },
     sys::{clock, hash, slots::SLOTS, task},
 };
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +27,10 @@ use kernel::sync::Arc;
 /// No estimate yet.
 const UNKNOWN: u64 = u64::MAX;
 
-/// What sampling knows of a VM. Only the reclaimer's thread changes it, but for `touched`.
+/// Periods for which one question keeps 2 MiB pages under watch.
+const ASKED_PERIODS: u64 = 10;
+
+/// What sampling knows of a VM. Only the reclaimer's thread changes it, but for `touched` and `asked`.
 pub(crate) struct Sample {
     /// Regions that the VM had when the period began.
     regions: AtomicU64,
@@ -34,6 +44,8 @@ pub(crate) struct Sample {
     active: AtomicU64,
     /// Pages that were not empty when the period began.
     began: AtomicU64,
+    /// Periods that 2 MiB pages are still watched for, because somebody asked.
+    asked: AtomicU64,
 }
 
 impl Sample {
@@ -46,7 +58,17 @@ impl Sample {
             touched: AtomicU64::new(0),
             active: AtomicU64::new(UNKNOWN),
             began: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
         }
+    }
+
+    /// Somebody wants to know: the next periods look at 2 MiB pages too.
+    pub(crate) fn ask(&self) {
+        self.asked.store(ASKED_PERIODS, Ordering::Relaxed);
+    }
+
+    fn is_asked(&self) -> bool {
+        self.asked.load(Ordering::Relaxed) > 0
     }
 
     /// So many pages under watch were touched.
@@ -68,8 +90,9 @@ impl Sample {
         filled.saturating_sub(self.began.load(Ordering::Relaxed))
     }
 
-    /// Ends a period and begins the next one with `filled` pages that are not empty.
-    fn end(&self, filled: u64) {
+    /// Ends a period and begins the next one with `filled` pages that are not empty. What it saw counts
+    /// if it was a `whole` one; else the estimate before it holds.
+    fn end(&self, filled: u64, whole: bool) {
         let outcome = Outcome {
             watched: self.watched.swap(0, Ordering::Relaxed),
             touched: self.touched.swap(0, Ordering::Relaxed),
@@ -78,12 +101,20 @@ impl Sample {
             .regions
             .swap(0, Ordering::Relaxed)
             .saturating_mul(SLOTS as u64);
-        if let Some(active) = outcome.active(pages) {
+        let before = self.active.load(Ordering::Relaxed);
+        let seen = match whole {
+            true => outcome.active(pages),
+            false => Some(before).filter(|&active| active != UNKNOWN),
+        };
+        if let Some(active) = seen {
             let active = active.saturating_add(self.grown(filled));
             self.active.store(active.min(filled), Ordering::Relaxed);
         }
         self.began.store(filled, Ordering::Relaxed);
         self.seen.store(0, Ordering::Relaxed);
+        let _ = (self.asked).fetch_update(Ordering::Relaxed, Ordering::Relaxed, |periods| {
+            periods.checked_sub(1)
+        });
     }
 }
 
@@ -91,6 +122,8 @@ impl Sample {
 pub(crate) struct Sampler {
     began_us: u64,
     random: u64,
+    /// The period began on a host with memory: it does not look at all 2 MiB pages.
+    spares: bool,
 }
 
 impl Sampler {
@@ -99,6 +132,7 @@ impl Sampler {
         Sampler {
             began_us: 0,
             random: hash::random_key(),
+            spares: false,
         }
     }
 
@@ -111,14 +145,21 @@ impl Sampler {
             .load(Ordering::Relaxed)
             .saturating_mul(1_000_000);
         let now_us = clock::now_us();
-        if now_us.saturating_sub(self.began_us) < period_us {
+        let over = now_us.saturating_sub(self.began_us) >= period_us;
+        let short = host.state() != HostState::High;
+        // Who will pay is asked soon: what is known of 2 MiB pages has to be true by then.
+        let early = short && self.spares;
+        if !over && !early {
             return;
         }
         self.began_us = now_us;
+        self.spares = !short;
         for vm in vms {
-            vm.sample.end(vm.filled_pages());
+            vm.sample.end(vm.filled_pages(), over);
         }
-        count(&host.events.active_samples);
+        if over {
+            count(&host.events.active_samples);
+        }
         // Who comes meanwhile has no region counted, and is drawn from in the next period.
         for id in 0..host.registry().end() {
             if let Some(region) = host.registry().get(id) {
@@ -137,8 +178,12 @@ impl Sampler {
             let pages = samples_in(rank, regions, wanted);
             let mut guard = region.lock();
             guard.watch_nothing();
+            let spared = self.spares && guard.huge().is_some() && !sample.is_asked();
             for _ in 0..pages {
-                if guard.watch(self.draw()) {
+                if spared {
+                    count(&sample.watched);
+                    count(&sample.touched);
+                } else if guard.watch(self.draw()) {
                     count(&sample.watched);
                 }
             }

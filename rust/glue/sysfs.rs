@@ -417,7 +417,9 @@ files! {
     "owner_pid": |vm, page| line(page, vm.owner_pid());
 }
 
+/// Asking makes the next estimates better.
 fn active_kb(vm: &Vm) -> u64 {
+    vm.sample.ask();
     pages_to_kb(vm.sample.active_pages(vm.filled_pages()))
 }
 

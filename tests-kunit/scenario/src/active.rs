@@ -11,6 +11,7 @@ use crate::check::{eq, within};
 use crate::contention::force;
 use crate::ctx::{Ctx, Guest};
 use crate::harness::Case;
+use crate::huge::{always, mapped_large, LARGE, LARGE_KB};
 
 /// The table of cases.
 pub const CASES: &[Case] = &[
@@ -23,6 +24,11 @@ pub const CASES: &[Case] = &[
         "contend/idle-tax",
         "of two alike the idle one pays first",
         idle_tax,
+    ),
+    Case::thinram(
+        "huge/active",
+        "2 MiB pages are only watched while somebody asks, or memory is short",
+        active_large,
     ),
 ];
 
@@ -110,6 +116,66 @@ fn active(ctx: &Ctx) -> Result<()> {
         )?;
     }
     Ok(())
+}
+
+fn active_large(ctx: &Ctx) -> Result<()> {
+    /// Regions, fewer than a period has samples: all of them are under watch, or none.
+    const REGIONS: usize = 8;
+    /// Periods for which a question keeps them under watch.
+    const ASKED: u64 = 10;
+    always(ctx)?;
+    let sys = ctx.sys();
+    sys.set("run", 0)?;
+    let mount = ctx.mount("m", "size=128M,domain=lab")?;
+    let guest = mount.guest("web", REGIONS * LARGE)?;
+    guest.fill(0, REGIONS * LARGE, 1);
+    let vm = guest.sysfs(ctx);
+    let all_kb = REGIONS as u64 * LARGE_KB;
+    sys.set("active_sample_period_secs", 1)?;
+    let spared = |what: &str| -> Result<()> {
+        let faults = vm.get("faults")?;
+        two_periods(ctx)?;
+        eq(
+            format!("KiB mapped large {what}"),
+            mapped_large(&guest.map)?,
+            all_kb,
+        )?;
+        guest.holds(0, REGIONS * LARGE, 1)?;
+        eq(format!("faults {what}"), vm.get("faults")? - faults, 0)
+    };
+    spared("while nobody asks")?;
+    eq(
+        "active_kb of what nobody watched",
+        vm.get("active_kb")?,
+        all_kb,
+    )?;
+    let hot = AtomicUsize::new(0);
+    while_touching(&guest, &hot, || {
+        for regions in [0, REGIONS / 2, 0, REGIONS] {
+            hot.store(regions * LARGE, Ordering::Relaxed);
+            two_periods(ctx)?;
+            let seen = vm.get("active_kb")?;
+            let kb = regions as u64 * LARGE_KB;
+            // Two samples of a region may be of one page, and count once.
+            within(
+                format!("active_kb with {regions} regions in use"),
+                seen,
+                kb * 9 / 10,
+                (kb * 11 / 10).min(all_kb),
+            )?;
+        }
+        Ok(())
+    })?;
+    let asked = sys.get("active_samples")?;
+    ctx.until_least("active_samples", asked + ASKED + 1, 60.0)?;
+    guest.holds(0, REGIONS * LARGE, 1)?;
+    spared("when nobody asked for long")?;
+    // Memory is short: who will pay for it has to be known, whether somebody asks or not.
+    force(ctx, "clear")?;
+    two_periods(ctx)?;
+    eq("KiB mapped large, idle", mapped_large(&guest.map)?, 0)?;
+    eq("active_kb, idle", vm.get("active_kb")?, 0)?;
+    guest.holds(0, REGIONS * LARGE, 1)
 }
 
 fn idle_tax(ctx: &Ctx) -> Result<()> {
