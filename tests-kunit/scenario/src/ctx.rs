@@ -3,6 +3,7 @@
 //! What a case gets: its directory, mounts, VMs, and patience.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -410,21 +411,42 @@ impl Guest {
         meanwhile: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         const SEED: u64 = 987_654;
-        let (reader, writer) = nix::unistd::pipe()?;
-        let put = sys::vmsplice(&writer, &self.map, page * PAGE, PAGE)?;
-        check::eq("bytes in the pipe", put, PAGE)?;
+        let held = Held::page(&self.map, page)?;
         meanwhile()?;
         self.map.write_page(page, &content::page(SEED));
-        let mut seen = vec![0; PAGE];
-        let got = nix::unistd::read(&reader, &mut seen)?;
-        check::eq("bytes from the pipe", got, PAGE)?;
-        let expected = content::page_bytes(SEED);
-        check::bytes_are("what the pipe held", &seen, &expected)
+        held.shows(&content::page_bytes(SEED))
     }
 
     /// Its sysfs directory.
     pub fn sysfs(&self, ctx: &Ctx) -> Vm {
         ctx.sys().vm(&self.name)
+    }
+}
+
+/// A page of a mapping that a pipe holds, as a pin would.
+pub struct Held {
+    reader: OwnedFd,
+    _writer: OwnedFd,
+}
+
+impl Held {
+    /// Gives page `page` to a pipe.
+    pub fn page(map: &Map, page: usize) -> Result<Held> {
+        let (reader, writer) = nix::unistd::pipe()?;
+        let put = sys::vmsplice(&writer, map, page * PAGE, PAGE)?;
+        check::eq("bytes in the pipe", put, PAGE)?;
+        Ok(Held {
+            reader,
+            _writer: writer,
+        })
+    }
+
+    /// The page has these bytes now, by the pipe, which lets it go.
+    pub fn shows(self, expected: &[u8]) -> Result<()> {
+        let mut seen = vec![0; PAGE];
+        let got = nix::unistd::read(&self.reader, &mut seen)?;
+        check::eq("bytes from the pipe", got, PAGE)?;
+        check::bytes_are("what the pipe held", &seen, expected)
     }
 }
 

@@ -2,6 +2,7 @@
 
 //! Pages of 2 MiB: when there are some, and that nobody sees a difference.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -16,7 +17,7 @@ use nix::sys::signal::Signal;
 use crate::check::{bytes_are, eq, fails_any, page_is, skip, that, within};
 use crate::content::{self, pages_bytes};
 use crate::contention::force;
-use crate::ctx::{Ctx, Guest, Mount};
+use crate::ctx::{Ctx, Guest, Held, Mount};
 use crate::harness::Case;
 use crate::sys::{self, Map, PAGE, R, RW, WORDS};
 
@@ -127,34 +128,14 @@ pub const CASES: &[Case] = &[
         again,
     ),
     Case::thinram(
-        "huge/collapse",
-        "512 pages of one VM's own become 2 MiB again, mapped as such",
-        collapse,
-    ),
-    Case::thinram(
-        "huge/collapse-refused",
-        "shared, holes, zeroes, cold, held, not yet scanned: left alone",
-        collapse_refused,
-    ),
-    Case::thinram(
         "huge/split-held",
         "who holds a part sees what is written to it, split or not",
         split_held,
     ),
     Case::thinram(
-        "huge/collapse-held",
-        "who holds a page sees what is written to it, collapsed or not",
-        collapse_held,
-    ),
-    Case::thinram(
-        "huge/end-of-pressure",
-        "contention splits, memory comes back, what was split is large again",
-        end_of_pressure,
-    ),
-    Case::thinram(
-        "huge/collapse-races",
-        "split and collapsed under writers by mapping and syscall",
-        collapse_races,
+        "huge/fragmented",
+        "free memory in pieces smaller than 2 MiB: 4 KiB, and 2 MiB afterwards",
+        fragmented,
     ),
     Case::thinram(
         "huge/races",
@@ -182,7 +163,7 @@ pub fn mapped_large(map: &Map) -> Result<u64> {
 }
 
 /// KiB of `map` that count as resident.
-fn rss(map: &Map) -> Result<u64> {
+pub fn rss(map: &Map) -> Result<u64> {
     field("/proc/self/smaps", map, "Rss:")
 }
 
@@ -460,7 +441,7 @@ fn used_before(ctx: &Ctx) -> Result<()> {
 }
 
 /// A mapping of all of `file` at addresses that do not lie as the file does.
-fn across(file: &fs::File, pages: usize) -> Result<Map> {
+pub fn across(file: &fs::File, pages: usize) -> Result<Map> {
     let mut map = Map::anonymous((pages + LARGE) * PAGE)?;
     let start = map.addr().next_multiple_of(LARGE * PAGE) - map.addr() + PAGE;
     ensure!(start + pages * PAGE <= map.pages() * PAGE);
@@ -762,22 +743,11 @@ fn prealloc(ctx: &Ctx) -> Result<()> {
 fn held(ctx: &Ctx) -> Result<()> {
     let (mount, guest) = guest(ctx, 2 * LARGE)?;
     guest.fill(0, 2 * LARGE, 1);
-    let (reader, writer) = nix::unistd::pipe()?;
-    eq(
-        "bytes in the pipe",
-        sys::vmsplice(&writer, &guest.map, 9 * PAGE, PAGE)?,
-        PAGE,
-    )?;
+    let pin = Held::page(&guest.map, 9)?;
     sys::punch(&guest.file, 0, (LARGE * PAGE) as u64)?;
     huge_is(ctx, "with one in a pipe", "web", LARGE_KB)?;
     guest.fill(0, LARGE, 5000);
-    let mut seen = vec![0; PAGE];
-    eq(
-        "bytes from the pipe",
-        nix::unistd::read(&reader, &mut seen)?,
-        PAGE,
-    )?;
-    bytes_are("what the pipe held", &seen, &content::page_bytes(10))?;
+    pin.shows(&content::page_bytes(10))?;
     guest.holds(0, LARGE, 5000)?;
     huge_is(ctx, "written anew", "web", 2 * LARGE_KB)?;
     drop(guest.map);
@@ -787,7 +757,7 @@ fn held(ctx: &Ctx) -> Result<()> {
 
 /// Two VMs of 8 large pages each: four have the same content in both, four have their own. One page
 /// in eight of the equal ones differs all the same.
-fn half_twins(ctx: &Ctx) -> Result<(Mount<'_>, Guest, Guest)> {
+pub fn half_twins(ctx: &Ctx) -> Result<(Mount<'_>, Guest, Guest)> {
     let (mount, a) = guest(ctx, 8 * LARGE)?;
     let b = mount.guest("b", 8 * LARGE)?;
     fill_half(&a, 1 << 32);
@@ -796,7 +766,7 @@ fn half_twins(ctx: &Ctx) -> Result<(Mount<'_>, Guest, Guest)> {
 }
 
 /// Pages of [`half_twins`] that are equal.
-const EQUAL: u64 = (4 * LARGE * 7 / 8) as u64;
+pub const EQUAL: u64 = (4 * LARGE * 7 / 8) as u64;
 
 fn seed(page: usize, own: u64) -> u64 {
     let equal = (page / LARGE) % 2 == 0 && page % 8 != 0;
@@ -807,13 +777,13 @@ fn seed(page: usize, own: u64) -> u64 {
     }
 }
 
-fn fill_half(guest: &Guest, own: u64) {
+pub fn fill_half(guest: &Guest, own: u64) {
     for page in 0..8 * LARGE {
         guest.map.write_page(page, &content::page(seed(page, own)));
     }
 }
 
-fn holds_half(guest: &Guest, own: u64) -> Result<()> {
+pub fn holds_half(guest: &Guest, own: u64) -> Result<()> {
     for page in 0..8 * LARGE {
         let what = format!("{} page {page}", guest.name);
         let expected = content::page(seed(page, own));
@@ -951,25 +921,15 @@ fn late_pin(ctx: &Ctx) -> Result<()> {
     let (_mount, a, b, small) = unchanged(ctx)?;
     drop(small);
     let sys = ctx.sys();
-    let (reader, writer) = nix::unistd::pipe()?;
     // A page in a pipe stands for a pin that may write: both are references that no mapping has.
-    eq(
-        "bytes in the pipe",
-        sys::vmsplice(&writer, &a.map, 9 * PAGE, PAGE)?,
-        PAGE,
-    )?;
+    let pin = Held::page(&a.map, 9)?;
     // A write takes the protection away; what is hashed from here on is not trusted.
     a.map.write_page(8, &content::page(9008));
     ctx.until("pages hashed in each pass", 30.0, || {
         let (scanned, _) = hashed(ctx)?;
         Ok((scanned >= FEW * LARGE as u64, scanned.to_string()))
     })?;
-    let mut seen = vec![0; PAGE];
-    eq(
-        "bytes from the pipe",
-        nix::unistd::read(&reader, &mut seen)?,
-        PAGE,
-    )?;
+    pin.shows(&content::page_bytes(10))?;
     ctx.until("pages not hashed any more", 30.0, || {
         let (scanned, _) = hashed(ctx)?;
         Ok((scanned < LARGE as u64 / 2, scanned.to_string()))
@@ -1045,12 +1005,7 @@ fn split_zeroes(ctx: &Ctx) -> Result<()> {
 fn split_pinned(ctx: &Ctx) -> Result<()> {
     let (_mount, a, b) = half_twins(ctx)?;
     let sys = ctx.sys();
-    let (reader, writer) = nix::unistd::pipe()?;
-    eq(
-        "bytes in the pipe",
-        sys::vmsplice(&writer, &a.map, 9 * PAGE, PAGE)?,
-        PAGE,
-    )?;
+    let pin = Held::page(&a.map, 9)?;
     sys.flat_out()?;
     ctx.passes(2)?;
     let pinned = sys.get("splits_refused_pinned")?;
@@ -1060,17 +1015,7 @@ fn split_pinned(ctx: &Ctx) -> Result<()> {
     ctx.until_least("splits_refused_pinned", pinned + 1, 10.0)?;
     huge_is(ctx, "of the one with a held page", "web", 5 * LARGE_KB)?;
     holds_half(&a, 1 << 32)?;
-    let mut seen = vec![0; PAGE];
-    eq(
-        "bytes from the pipe",
-        nix::unistd::read(&reader, &mut seen)?,
-        PAGE,
-    )?;
-    bytes_are(
-        "what the pipe held",
-        &seen,
-        &content::page_bytes(seed(9, 0)),
-    )?;
+    pin.shows(&content::page_bytes(seed(9, 0)))?;
     ctx.until_is("pages_sharing", EQUAL, 30.0)?;
     holds_half(&a, 1 << 32)?;
     holds_half(&b, 2 << 32)
@@ -1201,185 +1146,8 @@ fn again(ctx: &Ctx) -> Result<()> {
     eq("KiB mapped large", mapped_large(&guest.map)?, LARGE_KB)
 }
 
-/// A VM of `regions` regions of small pages, each of its own content; large pages are on from here
-/// on, and collapses come as soon as the pages were scanned.
-fn small<'a>(ctx: &Ctx, mount: &'a Mount<'a>, name: &str, regions: usize) -> Result<Guest> {
-    let sys = ctx.sys();
-    sys.set("collapse_per_sec", 0)?;
-    sys.set("collapse_after_secs", 0)?;
-    sys.set("large_pages", "never")?;
-    let guest = mount.guest(name, regions * LARGE)?;
-    guest.fill(0, regions * LARGE, 1);
-    sys.set("large_pages", "always")?;
-    Ok(guest)
-}
-
-fn until_huge(ctx: &Ctx, vm: &str, kb: u64) -> Result<()> {
-    ctx.until(&format!("huge_kb of {kb}"), 30.0, || {
-        let seen = ctx.sys().vm(vm).get("huge_kb")?;
-        Ok((seen == kb, seen.to_string()))
-    })
-}
-
-/// The same, while the guest goes on touching all of its memory: what was taken out of the page tables
-/// for a collapse that was refused (a writer held a page) counts as cold until it is touched again.
-fn until_huge_in_use(ctx: &Ctx, guest: &Guest, kb: u64) -> Result<()> {
-    let vm = guest.sysfs(ctx);
-    ctx.until(&format!("huge_kb of {kb}, in use"), 30.0, || {
-        for page in 0..8 * LARGE {
-            std::hint::black_box(guest.map.get(page, 0));
-        }
-        let seen = vm.get("huge_kb")?;
-        Ok((seen == kb, seen.to_string()))
-    })
-}
-
-fn collapse(ctx: &Ctx) -> Result<()> {
-    always(ctx)?;
-    let sys = ctx.sys();
-    let mount = ctx.mount("m", "size=512M,domain=lab")?;
-    let guest = small(ctx, &mount, "web", 4)?;
-    let across = across(&guest.file, 4 * LARGE)?;
-    across.set(1, 3, across.get(1, 3));
-    huge_is(ctx, "before", "web", 0)?;
-    // Zeroes become memory again, as long as they are few.
-    for page in 10..20 {
-        guest.map.write_page(page, &[0; WORDS]);
-    }
-    sys.flat_out()?;
-    ctx.passes(3)?;
-    eq("zero_kb", guest.sysfs(ctx).get("zero_kb")?, 40)?;
-    let (made, tables) = (sys.get("collapses")?, sys.get("collapse_tables_freed")?);
-    sys.set("collapse_per_sec", 1)?;
-    let begin = Instant::now();
-    until_huge(ctx, "web", 4 * LARGE_KB)?;
-    that(
-        format!("one a second: four took {:?}", begin.elapsed()),
-        begin.elapsed().as_secs_f64() > 2.0,
-    )?;
-    eq("collapses", sys.get("collapses")? - made, 4)?;
-    ctx.expect_used("collapsed", &mount, "web", 4 * LARGE_KB)?;
-    guest.holds(0, 10, 1)?;
-    guest.is_zero(10, 20)?;
-    guest.holds(20, 4 * LARGE, 1)?;
-    eq(
-        "mapped large again",
-        mapped_large(&guest.map)?,
-        4 * LARGE_KB,
-    )?;
-    eq(
-        "tables freed",
-        sys.get("collapse_tables_freed")? - tables,
-        4,
-    )?;
-    eq("Rss", rss(&guest.map)?, 4 * LARGE_KB)?;
-    // By the mapping that is of 4 KiB it is the same memory.
-    page_is("by 4 KiB", &across.read_page(30), &content::page(31))?;
-    across.set(31, 3, 77);
-    eq("a write by 4 KiB", guest.map.get(31, 3), 77)?;
-    eq("mapped large, across", mapped_large(&across)?, 0)?;
-    let before = sys.get("splits")?;
-    sys::punch(&guest.file, 0, (300 * PAGE) as u64)?;
-    ctx.until_is("splits", before + 1, 20.0)?;
-    guest.is_zero(0, 300)?;
-    guest.holds(300, 4 * LARGE, 1)?;
-    drop(across);
-    drop(guest.map);
-    guest.file.set_len(0)?;
-    ctx.expect_used("of an empty file", &mount, "web", 0)
-}
-
-fn collapse_refused(ctx: &Ctx) -> Result<()> {
-    always(ctx)?;
-    let sys = ctx.sys();
-    let mount = ctx.mount("m", "size=512M,domain=lab")?;
-    let guest = small(ctx, &mount, "web", 6)?;
-    let twin = mount.guest("twin", 1)?;
-    twin.fill(0, 1, 1);
-    // 0: one page shared. 1: a hole. 2: zeroes. 3: not mapped. 4: held. 5: nothing.
-    sys::punch(&guest.file, ((LARGE + 5) * PAGE) as u64, PAGE as u64)?;
-    for page in 2 * LARGE..2 * LARGE + 65 {
-        guest.map.write_page(page, &[0; WORDS]);
-    }
-    guest
-        .map
-        .advise(3 * LARGE * PAGE, LARGE * PAGE, libc::MADV_DONTNEED)?;
-    let (reader, writer) = nix::unistd::pipe()?;
-    let held = 4 * LARGE + 9;
-    eq(
-        "bytes in the pipe",
-        sys::vmsplice(&writer, &guest.map, held * PAGE, PAGE)?,
-        PAGE,
-    )?;
-    let reasons = ["shared", "holes", "zeroes", "cold", "pinned"];
-    let refused = |reason: &str| sys.get(&format!("collapses_refused_{reason}"));
-    let mut before = Vec::new();
-    for reason in reasons {
-        before.push(refused(reason)?);
-    }
-    // Without a scanner nobody knows about equals, and nobody will.
-    sys.flat_out()?;
-    ctx.passes(3)?;
-    eq("pages_sharing", sys.get("pages_sharing")?, 1)?;
-    let made = sys.get("collapses")?;
-    huge_is(ctx, "with collapse_per_sec 0", "web", 0)?;
-    sys.set("collapse_per_sec", 1000)?;
-    until_huge(ctx, "web", LARGE_KB)?;
-    for (reason, before) in reasons.into_iter().zip(before) {
-        let name = format!("collapses_refused_{reason}");
-        ctx.until_least(&name, before + 1, 20.0)?;
-    }
-    eq("collapses", sys.get("collapses")? - made, 1)?;
-    // What is held is still the guest's page: who holds it sees what is written now.
-    guest.map.write_page(held, &content::page(4711));
-    let mut seen = vec![0; PAGE];
-    eq(
-        "bytes from the pipe",
-        nix::unistd::read(&reader, &mut seen)?,
-        PAGE,
-    )?;
-    bytes_are("what the pipe held", &seen, &content::page_bytes(4711))?;
-    until_huge(ctx, "web", 2 * LARGE_KB)?;
-    page_is("held", &guest.map.read_page(held), &content::page(4711))?;
-    // Each of the others, once its reason is gone.
-    guest.fill(LARGE, LARGE + 20, 500_000);
-    guest.fill(2 * LARGE, 2 * LARGE + 65, 600_000);
-    guest.holds(3 * LARGE, 4 * LARGE, 1)?;
-    guest.map.write_page(0, &content::page(700_000));
-    until_huge(ctx, "web", 6 * LARGE_KB)?;
-    page_is("page 0", &guest.map.read_page(0), &content::page(700_000))?;
-    guest.holds(1, LARGE, 1)?;
-    guest.holds(LARGE + 20, 2 * LARGE, 1)?;
-    guest.holds(2 * LARGE + 65, 4 * LARGE + 9, 1)?;
-    guest.holds(4 * LARGE + 10, 6 * LARGE, 1)?;
-    // What nobody looked at may have equals.
-    sys.set("run", 0)?;
-    sys.set("scan_pages_per_sec", 1)?;
-    let unscanned = refused("unscanned")?;
-    let late = small(ctx, &mount, "late", 1)?;
-    sys.set("run", 1)?;
-    sys.set("collapse_per_sec", 1000)?;
-    ctx.until_least("collapses_refused_unscanned", unscanned + 1, 20.0)?;
-    huge_is(ctx, "not yet scanned", "late", 0)?;
-    // Nor while the VM has no room, or wants none.
-    late.sysfs(ctx).set("large_pages", "never")?;
-    sys.set("run", 0)?;
-    let asked = refused("unscanned")?;
-    thread::sleep(ctx.limit(0.15));
-    huge_is(ctx, "with large_pages never", "late", 0)?;
-    late.sysfs(ctx).set("large_pages", "always")?;
-    until_huge(ctx, "late", LARGE_KB)?;
-    within(
-        "refusals without a scanner",
-        refused("unscanned")?,
-        asked,
-        asked + 1,
-    )?;
-    late.holds(0, LARGE, 1)
-}
-
 /// Waits until one of two counters has grown.
-fn until_one_grows(ctx: &Ctx, names: [&str; 2]) -> Result<()> {
+pub fn until_one_grows(ctx: &Ctx, names: [&str; 2]) -> Result<()> {
     let sum = || -> Result<u64> { Ok(ctx.sys().get(names[0])? + ctx.sys().get(names[1])?) };
     let before = sum()?;
     ctx.until(&format!("{names:?} to grow"), 30.0, || {
@@ -1401,131 +1169,83 @@ fn split_held(ctx: &Ctx) -> Result<()> {
     guest.is_zero(LARGE / 2, LARGE)
 }
 
-fn collapse_held(ctx: &Ctx) -> Result<()> {
-    always(ctx)?;
-    let mount = ctx.mount("m", "size=64M,domain=lab")?;
-    let guest = small(ctx, &mount, "web", 1)?;
-    guest.held_shows_writes(9, || {
-        ctx.sys().set("collapse_per_sec", 1000)?;
-        until_one_grows(ctx, ["collapses", "collapses_refused_pinned"])
-    })?;
-    guest.holds(10, LARGE, 1)
+/// All 2 MiB that the kernel finds in one piece, given to hugetlbfs.
+struct Taken;
+
+impl Taken {
+    const PAGES: &'static str = "/proc/sys/vm/nr_hugepages";
+
+    fn all() -> Result<Taken> {
+        let taken = Taken;
+        fs::write(Self::PAGES, "1000000").context(Self::PAGES)?;
+        Ok(taken)
+    }
 }
 
-fn end_of_pressure(ctx: &Ctx) -> Result<()> {
-    let (mount, a, b) = half_twins(ctx)?;
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let Err(e) = fs::write(Self::PAGES, "0") {
+            eprintln!("{}: {e}", Self::PAGES);
+        }
+    }
+}
+
+fn fragmented(ctx: &Ctx) -> Result<()> {
+    /// Pieces of memory that stay free: enough for all others on the machine.
+    const PIECES: usize = 128;
+    /// Regions that ask for 2 MiB.
+    const ASKING: usize = 8;
+    always(ctx)?;
     let sys = ctx.sys();
-    sys.set("collapse_after_secs", 1)?;
-    sys.set("collapse_per_sec", 1000)?;
-    sys.flat_out()?;
-    ctx.passes(2)?;
-    let (splits, made) = (sys.get("splits")?, sys.get("collapses")?);
-    force(ctx, "clear")?;
-    ctx.until_is("pages_sharing", EQUAL, 30.0)?;
-    eq("splits", sys.get("splits")? - splits, 8)?;
-    // Nothing is collapsed while memory is short, and shares stay when it is not any more.
-    a.fill(0, LARGE, 1 << 50);
-    ctx.passes(3)?;
-    eq(
-        "collapses under contention",
-        sys.get("collapses")? - made,
-        0,
-    )?;
-    huge_is(ctx, "under contention", "web", 4 * LARGE_KB)?;
-    force(ctx, "high")?;
-    until_huge_in_use(ctx, &a, 5 * LARGE_KB)?;
-    huge_is(ctx, "of b, whose pages are shared", "b", 4 * LARGE_KB)?;
-    // The guests go on, each by itself.
-    fill_half(&a, 7 << 32);
-    b.fill(0, 8 * LARGE, 9 << 32);
-    until_huge_in_use(ctx, &b, 8 * LARGE_KB)?;
-    until_huge_in_use(ctx, &a, 8 * LARGE_KB)?;
-    holds_half(&a, 7 << 32)?;
-    b.holds(0, 8 * LARGE, 9 << 32)?;
-    for vm in [&a, &b] {
-        eq("mapped large again", mapped_large(&vm.map)?, 8 * LARGE_KB)?;
-        ctx.expect_used("at the end", &mount, &vm.name, 8 * LARGE_KB)?;
+    sys.set("collapse_per_sec", 0)?;
+    let mount = ctx.mount("m", "size=512M,domain=lab")?;
+    let other = ctx.mount("n", "size=512M,domain=other,large_pages=never,share=0")?;
+    // One page of 4 KiB stays in each 2 MiB of the host's memory that the file got some of.
+    let filler = other.guest("filler", PIECES * LARGE)?;
+    for page in 0..PIECES * LARGE {
+        filler.map.set(page, 0, page as u64 + 1);
+    }
+    let mut seen = BTreeSet::new();
+    let stays: Vec<bool> = sys::frames(&filler.map)?
+        .into_iter()
+        .map(|frame| frame.is_some_and(|frame| seen.insert(frame / LARGE as u64)))
+        .collect();
+    let mut page = 0;
+    for run in stays.chunk_by(|a, b| a == b) {
+        if !run[0] {
+            let (at, len) = (page * PAGE, run.len() * PAGE);
+            sys::punch(&filler.file, at as u64, len as u64)?;
+        }
+        page += run.len();
+    }
+    let taken = Taken::all()?;
+    let refused = || sys.get("large_pages_refused_no_memory");
+    let (before, waits) = (refused()?, sys.get("waits_for_memory")?);
+    let guest = mount.guest("web", ASKING * LARGE)?;
+    guest.fill(0, ASKING * LARGE, 1);
+    // What others free meanwhile may be whole.
+    let huge_kb = sys.vm("web").get("huge_kb")?;
+    let refusals = refused()? - before;
+    println!("{refusals} of {ASKING} refused, {huge_kb} KiB of 2 MiB pages all the same");
+    within("huge_kb", huge_kb, 0, 2 * LARGE_KB)?;
+    within("refusals", refusals, ASKING as u64 - 2, u64::MAX)?;
+    eq("waits_for_memory", sys.get("waits_for_memory")? - waits, 0)?;
+    sys::fallocate(&guest.file, 0, 0, (ASKING * LARGE * PAGE) as i64)?;
+    guest.holds(0, ASKING * LARGE, 1)?;
+    ctx.expect_used("of 4 KiB", &mount, "web", ASKING as u64 * LARGE_KB)?;
+    sys.vm("web").stat()?.check_sum()?;
+    drop(taken);
+    let late = mount.guest("late", LARGE)?;
+    late.fill(0, LARGE, 7);
+    huge_is(ctx, "once there is memory in one piece", "late", LARGE_KB)?;
+    for (page, _) in stays.iter().enumerate().filter(|(_, stays)| **stays) {
+        eq(
+            "a page that stayed",
+            filler.map.get(page, 0),
+            page as u64 + 1,
+        )?;
     }
     Ok(())
-}
-
-fn collapse_races(ctx: &Ctx) -> Result<()> {
-    /// Pages that the writers leave alone: holes come there.
-    const HOLES: std::ops::Range<usize> = 100..120;
-    const ROUNDS: u64 = 3;
-    always(ctx)?;
-    let sys = ctx.sys();
-    let mount = ctx.mount("m", "size=512M,domain=lab")?;
-    let guest = small(ctx, &mount, "web", 1)?;
-    sys.set("split_holes_percent", 1)?;
-    sys.flat_out()?;
-    sys.set("collapse_per_sec", 1000)?;
-    let stop = AtomicBool::new(false);
-    let running = || !stop.load(Ordering::Relaxed);
-    let result: Result<Vec<u64>> = thread::scope(|scope| {
-        let (guest, running) = (&guest, &running);
-        let pages = || (0..LARGE).filter(|page| !HOLES.contains(page));
-        let mut writers = Vec::new();
-        for lane in 0..3usize {
-            writers.push(scope.spawn(move || -> Result<u64> {
-                let own = across(&guest.file, LARGE)?;
-                let mut round = 0;
-                // Each has a word of its own in every page.
-                for page in pages() {
-                    guest.map.set(page, lane, 0);
-                }
-                while running() {
-                    for page in pages().filter(|page| page % 7 == round as usize % 7) {
-                        match lane {
-                            0 => guest.map.set(page, lane, round),
-                            1 => own.set(page, lane, round),
-                            _ => {
-                                let at = page * PAGE + lane * 8;
-                                guest.file.write_all_at(&round.to_ne_bytes(), at as u64)?;
-                            }
-                        }
-                        let map = if round % 2 == 0 { &own } else { &guest.map };
-                        eq("a word", map.get(page, lane), round)?;
-                    }
-                    round += 1;
-                    thread::yield_now();
-                }
-                Ok(round)
-            }));
-        }
-        let cycle = || -> Result<()> {
-            for round in 1..=ROUNDS {
-                until_huge(ctx, "web", LARGE_KB)?;
-                let splits = sys.get("splits")?;
-                sys::punch(
-                    &guest.file,
-                    (HOLES.start * PAGE) as u64,
-                    (HOLES.len() * PAGE) as u64,
-                )?;
-                ctx.until_least("splits", splits + 1, 30.0)?;
-                guest.is_zero(HOLES.start, HOLES.end)?;
-                guest.fill(HOLES.start, HOLES.end, round << 40);
-            }
-            until_huge(ctx, "web", LARGE_KB)?;
-            guest.holds(HOLES.start, HOLES.end, ROUNDS << 40)
-        };
-        let cycled = cycle();
-        stop.store(true, Ordering::Relaxed);
-        let rounds = writers
-            .into_iter()
-            .map(|writer| {
-                writer
-                    .join()
-                    .unwrap_or_else(|_| Err(anyhow::anyhow!("a thread panicked")))
-            })
-            .collect();
-        cycled.and(rounds)
-    });
-    println!("rounds {:?}", result?);
-    guest.sysfs(ctx).stat()?.check_sum()?;
-    drop(guest.map);
-    guest.file.set_len(0)?;
-    ctx.expect_used("of an empty file", &mount, "web", 0)
 }
 
 /// Regions of the race: the last one is the puncher's.

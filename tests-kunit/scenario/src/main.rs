@@ -6,6 +6,7 @@ mod active;
 mod cgroup;
 mod check;
 mod cold;
+mod collapse;
 mod compress;
 mod content;
 mod contention;
@@ -182,6 +183,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         nodes::CASES,
         cgroup::CASES,
         huge::CASES,
+        collapse::CASES,
         compress::CASES,
         cold::CASES,
         swap::CASES,
