@@ -9,12 +9,13 @@ mod op;
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use self::bench::{Bench, Crowd};
 use self::op::Shape;
+use crate::check::within;
 use crate::contention::force;
 use crate::ctx::Ctx;
 use crate::harness::Case;
@@ -34,7 +35,7 @@ pub const CASES: &[Case] = &[
         "the same with 2 MiB pages that come and go",
         |ctx| {
             huge::always(ctx)?;
-            alone(ctx, Shape::LARGE)
+            large(ctx)
         },
     )
     .span(10.0),
@@ -52,6 +53,8 @@ pub const CASES: &[Case] = &[
     .span(8.0),
 ];
 
+/// With fewer calls nothing was tested.
+const CALLS_MIN: u64 = 100;
 const OPTIONS: &str = "size=256M,domain=lab";
 
 fn alone(ctx: &Ctx, shape: Shape) -> Result<()> {
@@ -64,7 +67,41 @@ fn alone(ctx: &Ctx, shape: Shape) -> Result<()> {
     println!("seed {seed}");
     let count = bench.run(seed, Instant::now() + ctx.span(10.0), None)?;
     println!("{count} calls");
+    within("calls", count, CALLS_MIN, u64::MAX)?;
     counters(ctx)
+}
+
+/// On files with room for 2 MiB pages; goes on until there were some, mapped as such, and some were
+/// split and made anew.
+fn large(ctx: &Ctx) -> Result<()> {
+    let mount = ctx.mount("m", OPTIONS)?;
+    let mut bench = Bench::new(ctx, &mount, 0, Shape::LARGE)?;
+    let sys = ctx.sys();
+    sys.flat_out()?;
+    sys.set("collapse_after_secs", 0)?;
+    let splits = sys.get("splits")?;
+    let (span, mut seed) = (ctx.span(10.0), ctx.setup.seed);
+    println!("seed {seed}, one more in each round");
+    let begin = Instant::now();
+    let last = begin + span + ctx.limit(15.0);
+    let mut count = 0;
+    loop {
+        count += bench.run(seed, Instant::now() + span, None)?;
+        let most = bench.most_large();
+        let seen = format!(
+            "{count} calls: at most {} KiB of 2 MiB pages, {} KiB mapped as such, {} split",
+            most.huge_kb,
+            most.mapped_kb,
+            sys.get("splits")? - splits
+        );
+        println!("{seen}");
+        let all = most.huge_kb > 0 && most.mapped_kb > 0 && sys.get("splits")? > splits;
+        if all && count >= CALLS_MIN {
+            return counters(ctx);
+        }
+        ensure!(Instant::now() < last, "expected some of each: {seen}");
+        seed = seed.wrapping_add(1);
+    }
 }
 
 fn counters(ctx: &Ctx) -> Result<()> {
@@ -78,6 +115,7 @@ fn counters(ctx: &Ctx) -> Result<()> {
         "compressions",
         "decompressions",
         "splits",
+        "collapses",
     ] {
         println!("{name} {}", sys.get(name)?);
     }
@@ -111,7 +149,7 @@ fn processes(ctx: &Ctx) -> Result<()> {
                 .run(seed, end, Some(crowd))
                 .with_context(|| format!("process {number}"))?;
             println!("process {number}: {count} calls");
-            Ok(())
+            within("calls", count, CALLS_MIN, u64::MAX)
         })?;
         crowd.pids.set(0, number, child.pid().as_raw() as u64);
         children.push(child);

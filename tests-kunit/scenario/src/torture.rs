@@ -171,6 +171,25 @@ pub const CASES: &[Case] = &[
         },
     )
     .span(15.0),
+    Case::thinram(
+        "torture/collapse",
+        "with 2 MiB pages that are split and collapsed again, time after time",
+        |ctx| {
+            crate::huge::always(ctx)?;
+            torture(
+                ctx,
+                &Plan {
+                    by: &[By::Map, By::Map, By::Syscall, By::ProcessVm, By::Direct],
+                    punch: true,
+                    churn: true,
+                    large: true,
+                    collapse: true,
+                    ..Plan::new()
+                },
+            )
+        },
+    )
+    .span(15.0),
     Case::both("torture/all", "all of these at once", |ctx| {
         let by = &[By::Map, By::Map, By::Syscall, By::ProcessVm, By::Direct];
         torture(
@@ -182,7 +201,7 @@ pub const CASES: &[Case] = &[
                 churn: true,
                 toggle: true,
                 squeeze: true,
-                large: false,
+                ..Plan::new()
             },
         )
     })
@@ -213,6 +232,8 @@ struct Plan {
     squeeze: bool,
     /// The pages lie on both sides of a border of 2 MiB, among others that are never touched.
     large: bool,
+    /// Times with and without memory, and holes, take turns: see [`Turns`].
+    collapse: bool,
 }
 
 impl Plan {
@@ -225,6 +246,7 @@ impl Plan {
             toggle: false,
             squeeze: false,
             large: false,
+            collapse: false,
         }
     }
 }
@@ -753,11 +775,15 @@ fn bytes(words: &[u64; LANE_WORDS]) -> [u8; LANE_BYTES] {
 }
 
 /// Punches holes, by the file or by the mapping.
-fn puncher(hand: &mut Hand<'_>) -> Result<()> {
+fn puncher(hand: &mut Hand<'_>, plan: &Plan) -> Result<()> {
     while !hand.table.stopped() {
+        if plan.collapse && !Turns::is_short(hand.start) {
+            thread::sleep(Duration::from_millis(20));
+            continue;
+        }
         let (file, page) = hand.pick();
         // Now and then a whole 2 MiB, so that there are large pages again.
-        let whole = base() > 0 && hand.rng.random_bool(0.05);
+        let whole = base() > 0 && !plan.collapse && hand.rng.random_bool(0.05);
         let from = if whole { 0 } else { page % HEAD };
         let to = match whole {
             true => HEAD,
@@ -1008,7 +1034,7 @@ impl<'a> Crew<'a> {
             }
             // Holes of one page must not overlap each other, so each kind has one thread.
             if number == 0 && plan.punch {
-                threads.push(scope.spawn(|| self.guarded(slot(10), puncher)));
+                threads.push(scope.spawn(|| self.guarded(slot(10), |h| puncher(h, plan))));
             }
             if number == 0 && plan.truncate {
                 threads.push(scope.spawn(|| self.guarded(slot(11), truncater)));
@@ -1038,7 +1064,85 @@ impl<'a> Crew<'a> {
     }
 }
 
+/// Memory that is short and then is not, in turns, for [`Plan::collapse`]. File [`Turns::FILE`] shares
+/// nothing: while memory is short holes split its first 2 MiB, afterwards they are put together again.
+/// The pages that nobody writes have to be data, and in use, for that.
+struct Turns<'a> {
+    ctx: &'a Ctx,
+    file: File,
+    map: Map,
+    start: Instant,
+    short: Option<bool>,
+}
+
+impl Turns<'_> {
+    /// The VM that has the file, and the file's number.
+    const VM: &'static str = "b";
+    const FILE: usize = 2;
+    /// Long enough for a round of the collapser on a slow machine.
+    const TURN: Duration = Duration::from_millis(2500);
+    /// Pages of its first 2 MiB.
+    const LARGE: usize = 512;
+    /// The word of an unwritten page that says which it is; the churner writes the first one.
+    const MARK: usize = 1;
+
+    fn is_short(start: Instant) -> bool {
+        (start.elapsed().as_millis() / Self::TURN.as_millis()) % 2 == 0
+    }
+
+    fn begin<'a>(ctx: &'a Ctx, paths: &[PathBuf], start: Instant) -> Result<Turns<'a>> {
+        let sys = ctx.sys();
+        sys.vm(Self::VM).set("share", 0)?;
+        sys.set("split_holes_percent", 1)?;
+        sys.set("collapse_after_secs", 0)?;
+        sys.set("collapse_per_sec", 1000)?;
+        let path = &paths[Self::FILE];
+        let file = File::options().read(true).write(true).open(path)?;
+        let map = Map::shared(&file, 0, file_pages() * PAGE, RW)?;
+        let turns = Turns {
+            ctx,
+            file,
+            map,
+            start,
+            short: None,
+        };
+        for page in turns.unwritten() {
+            turns.map.set(page, Self::MARK, page as u64 + 1);
+        }
+        Ok(turns)
+    }
+
+    /// Pages of the first 2 MiB that no writer has.
+    fn unwritten(&self) -> std::ops::Range<usize> {
+        0..base()
+    }
+
+    /// To be called often.
+    fn go_on(&mut self) -> Result<()> {
+        let short = Self::is_short(self.start);
+        if self.short.replace(short) != Some(short) {
+            force(self.ctx, if short { "clear" } else { "high" })?;
+        }
+        if !short {
+            // What was punched out is memory again, of zeroes.
+            sys::fallocate(&self.file, 0, 0, (Self::LARGE * PAGE) as i64)?;
+            for page in self.unwritten() {
+                eq(
+                    format!("page {page}, which nobody writes"),
+                    self.map.get(page, Self::MARK),
+                    page as u64 + 1,
+                )?;
+            }
+            for page in self.unwritten().end..Self::LARGE {
+                std::hint::black_box(self.map.get(page, 0));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What a run must have come to, or it would have tested nothing.
+const LARGE_MIN: u64 = 3;
 const WRITES_MIN: u64 = 1000;
 const READS_MIN: u64 = 1000;
 const HOLES_MIN: u64 = 20;
@@ -1075,7 +1179,8 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
     let start = Instant::now();
     fill(ctx, plan, &table, &paths, disk.as_ref(), start)?;
 
-    let seen = || -> Result<[u64; 6]> {
+    const SEEN: usize = 8;
+    let seen = || -> Result<[u64; SEEN]> {
         let sys = ctx.sys();
         let names = [
             "pages_sharing",
@@ -1084,19 +1189,21 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
             "full_scans",
             "compressions",
             "decompressions",
+            "splits",
+            "collapses",
         ];
-        let mut values = [0; 6];
+        let mut values = [0; SEEN];
         for (value, name) in values.iter_mut().zip(names) {
             *value = sys.get(name)?;
         }
         Ok(values)
     };
-    let splits = if plan.large {
-        ctx.sys().get("splits")?
-    } else {
-        0
+    let mut turns = match plan.collapse {
+        true => Some(Turns::begin(ctx, &paths, start)?),
+        false => None,
     };
     let before = if ctx.is_thinram() {
+        let [.., splits, _] = seen()?;
         ctx.sys().flat_out()?;
         if plan.large {
             force(ctx, "clear")?;
@@ -1104,9 +1211,12 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
         ctx.until("the first merges", 20.0, || {
             Ok((seen()?[0] > 0, "none".into()))
         })?;
-        seen()?
+        // Those of the first merges count.
+        let mut before = seen()?;
+        before[6] = splits;
+        before
     } else {
-        [0; 6]
+        [0; SEEN]
     };
     let mut child = sys::fork(|| {
         Crew::new(ctx, plan, &table, &paths, disk.as_ref(), start)?.run(1, || Ok(()))
@@ -1117,7 +1227,7 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
     let last = end + ctx.limit(15.0);
     let mut most_sharing = 0;
     let count = |which: Head| table.head(which).load(Ordering::Relaxed);
-    let enough = |now: &[u64; 6], most_sharing: u64| {
+    let enough = |now: &[u64; SEEN], most_sharing: u64| {
         count(Head::Writes) >= WRITES_MIN
             && count(Head::Reads) >= READS_MIN
             && (!plan.punch || count(Head::Holes) >= HOLES_MIN)
@@ -1126,6 +1236,8 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
             && (!plan.squeeze
                 || !ctx.is_thinram()
                 || now[4] - before[4] >= PACKED_MIN && now[5] - before[5] >= UNPACKED_MIN)
+            && (!plan.large || now[6] - before[6] >= LARGE_MIN)
+            && (!plan.collapse || now[7] - before[7] >= LARGE_MIN)
     };
     let mut result = crew.run(0, || {
         let mut shown = Instant::now();
@@ -1136,6 +1248,9 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
                 break;
             }
             thread::sleep(Duration::from_millis(50));
+            if let Some(turns) = &mut turns {
+                turns.go_on()?;
+            }
             if ctx.is_thinram() {
                 now_seen = seen()?;
                 most_sharing = most_sharing.max(now_seen[0]);
@@ -1183,10 +1298,13 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
             within("compressions", packed, PACKED_MIN, u64::MAX)?;
             within("decompressions", unpacked, UNPACKED_MIN, u64::MAX)?;
         }
+        let (splits, collapses) = (after[6] - before[6], after[7] - before[7]);
         if plan.large {
-            let splits = ctx.sys().get("splits")? - splits;
-            println!("splits {splits}");
-            within("splits", splits, 3, u64::MAX)?;
+            println!("splits {splits}, collapses {collapses}");
+            within("splits", splits, LARGE_MIN, u64::MAX)?;
+        }
+        if plan.collapse {
+            within("collapses", collapses, LARGE_MIN, u64::MAX)?;
         }
         within("breaks", breaks, BREAKS_MIN, u64::MAX)?;
         within("most pages sharing", most_sharing, SHARING_MIN, u64::MAX)?;
@@ -1194,7 +1312,7 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
             ctx.sys().vm(vm).stat()?.check_sum()?;
         }
     }
-    drop(crew);
+    drop((crew, turns));
     for path in &paths {
         fs::remove_file(path)?;
     }

@@ -19,11 +19,12 @@ use rand::rngs::SmallRng;
 use rand::SeedableRng;
 
 use super::knobs;
-use super::op::{draw, Op, Shape, Way, FILES, MADV_GUARD_INSTALL, MADV_GUARD_REMOVE};
-use crate::check::{bytes_are, eq, fails, within};
+use super::op::{draw, Op, Shape, Way, FILES, LARGE, MADV_GUARD_INSTALL, MADV_GUARD_REMOVE};
+use crate::check::{bytes_are, eq, fails};
 use crate::content::page_bytes;
 use crate::contention;
 use crate::ctx::{Ctx, Mount};
+use crate::huge::mapped_large;
 use crate::mapping::Disk;
 use crate::sys::{self, Map, PAGE, R, RW};
 
@@ -134,6 +135,15 @@ pub struct Crowd {
     pub count: usize,
 }
 
+/// The most that was seen at once of 2 MiB pages.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Large {
+    /// KiB of the files.
+    pub huge_kb: u64,
+    /// KiB of the mappings.
+    pub mapped_kb: u64,
+}
+
 /// The real thing beside its model.
 pub struct Bench<'a> {
     ctx: &'a Ctx,
@@ -146,6 +156,7 @@ pub struct Bench<'a> {
     arena: Map,
     disk: Option<Disk>,
     model: Model,
+    large: Large,
 }
 
 impl<'a> Bench<'a> {
@@ -181,7 +192,23 @@ impl<'a> Bench<'a> {
                 arena: vec![None; shape.arena],
                 disk: vec![0; len],
             },
+            large: Large::default(),
         })
+    }
+
+    /// What was seen so far; looked at now and then where there is room for any.
+    pub fn most_large(&self) -> Large {
+        self.large
+    }
+
+    fn look_for_large(&mut self) -> Result<()> {
+        let mut huge_kb = 0;
+        for name in &self.names {
+            huge_kb += self.ctx.sys().vm(name).get("huge_kb")?;
+        }
+        self.large.huge_kb = self.large.huge_kb.max(huge_kb);
+        self.large.mapped_kb = self.large.mapped_kb.max(mapped_large(&self.arena)?);
+        Ok(())
     }
 
     /// Its files, for others.
@@ -211,6 +238,9 @@ impl<'a> Bench<'a> {
             let mut done = self.apply(&op, crowd);
             if done.is_ok() && count % LOOK == LOOK - 1 {
                 done = self.compare_all();
+                if done.is_ok() && self.shape.is_large() {
+                    done = self.look_for_large();
+                }
             }
             if done.is_err() {
                 for (number, op) in &last {
@@ -222,12 +252,49 @@ impl<'a> Bench<'a> {
         }
         self.compare_all()
             .with_context(|| format!("after {count} calls of --seed {seed}"))?;
-        within("calls", count, 100, u64::MAX)?;
         Ok(count)
     }
 
     fn apply(&mut self, op: &Op, crowd: Option<&Crowd>) -> Result<()> {
         match *op {
+            Op::Large {
+                file,
+                region,
+                at,
+                value,
+            } => {
+                let (from, len) = (region * LARGE * PAGE, LARGE * PAGE);
+                let calls = [
+                    Op::Punch {
+                        file,
+                        at: from,
+                        len,
+                    },
+                    Op::Prealloc {
+                        file,
+                        at: from,
+                        len,
+                        keep: false,
+                    },
+                    Op::Map {
+                        at,
+                        file,
+                        page: region * LARGE,
+                        pages: LARGE,
+                        prot: RW,
+                    },
+                    Op::Store {
+                        at,
+                        word: 0,
+                        words: 1,
+                        value,
+                    },
+                ];
+                for call in &calls {
+                    self.apply(call, crowd)?;
+                }
+                self.look_for_large()?;
+            }
             Op::Pwrite {
                 file,
                 at,

@@ -12,7 +12,7 @@ const CLASSES: u64 = 6;
 /// Files of one process.
 pub const FILES: usize = 3;
 /// Pages in a 2 MiB page.
-const LARGE: usize = 512;
+pub const LARGE: usize = 512;
 
 /// How large everything is.
 #[derive(Debug, Clone, Copy)]
@@ -38,6 +38,11 @@ impl Shape {
         arena: 4 * LARGE,
         long: 2 * LARGE,
     };
+
+    /// Whether a 2 MiB page fits a file.
+    pub fn is_large(self) -> bool {
+        self.cap >= LARGE
+    }
 }
 
 /// How bytes go from one file to another.
@@ -51,6 +56,13 @@ pub enum Way {
 /// One call with its arguments.
 #[derive(Debug, Clone)]
 pub enum Op {
+    /// Empties 2 MiB of a file, gives it memory again, maps it whole from page `at` on, and writes.
+    Large {
+        file: usize,
+        region: usize,
+        at: usize,
+        value: u64,
+    },
     Pwrite {
         file: usize,
         at: usize,
@@ -247,6 +259,15 @@ pub fn draw(rng: &mut SmallRng, shape: Shape) -> Op {
     } else {
         rng.random()
     };
+    // By chance there would be none: a region has to be empty when all of it is asked for.
+    if shape.is_large() && rng.random_bool(0.02) {
+        return Op::Large {
+            file,
+            region: rng.random_range(0..shape.cap / LARGE),
+            at: rng.random_range(0..shape.arena / LARGE) * LARGE,
+            value: seed,
+        };
+    }
     let at = page(rng, shape.arena);
     let long = if rng.random_bool(0.8) { 12 } else { shape.long };
     let pages = rng.random_range(1..=long.min(shape.arena - at));
