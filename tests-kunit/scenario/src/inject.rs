@@ -10,7 +10,6 @@ use nix::errno::Errno;
 
 use crate::check::{eq, page_is, skip, that, Code};
 use crate::content;
-use crate::contention::force;
 use crate::ctx::Ctx;
 use crate::harness::Case;
 use crate::huge::{self, LARGE, LARGE_KB};
@@ -35,11 +34,6 @@ pub const CASES: &[Case] = &[
         "debug/no-large",
         "no 2 MiB in one piece: 4 KiB, and 2 MiB the next time",
         no_large,
-    ),
-    Case::thinram(
-        "debug/split-reserve",
-        "a split for which there is no memory takes it from the reserve",
-        split_reserve,
     ),
 ];
 
@@ -113,33 +107,6 @@ fn no_large(ctx: &Ctx) -> Result<()> {
     huge::huge_is(ctx, "the next time", "web", 3 * LARGE_KB)?;
     guest.holds(0, 3 * LARGE, 1)?;
     ctx.expect_used("at the end", &mount, "web", 3 * LARGE_KB)
-}
-
-fn split_reserve(ctx: &Ctx) -> Result<()> {
-    let fail = Switch::new(ctx, "fail_frame")?;
-    huge::always(ctx)?;
-    let sys = ctx.sys();
-    let before = sys.get("metadata_bytes")?;
-    let mount = ctx.mount("m", "size=64M,domain=lab")?;
-    let guest = mount.guest("web", 2 * LARGE)?;
-    guest.fill(0, LARGE, 1);
-    guest.fill(LARGE, 2 * LARGE, 1);
-    sys.flat_out()?;
-    ctx.passes(2)?;
-    // Filled while there is memory: a page for each part.
-    ctx.until_least("metadata_bytes", before + (LARGE * PAGE) as u64, 20.0)?;
-    let names = ["splits", "splits_refused_no_memory"];
-    let counted = || -> Result<Vec<u64>> { names.iter().map(|name| sys.get(name)).collect() };
-    let seen = counted()?;
-    // The first page that the splitter asks for; it asks for no more of its own then.
-    fail.set(1)?;
-    force(ctx, "clear")?;
-    ctx.until_least("splits", seen[0] + 2, 20.0)?;
-    eq("allocations left to the one that fails", fail.get()?, 0)?;
-    eq("splits_refused_no_memory", counted()?[1], seen[1])?;
-    ctx.until_is("pages_sharing", LARGE as u64, 4.0 * SOON)?;
-    guest.holds(0, LARGE, 1)?;
-    guest.holds(LARGE, 2 * LARGE, 1)
 }
 
 fn lost_hint(ctx: &Ctx) -> Result<()> {
