@@ -9,9 +9,12 @@
 //! | the host is `hard`, or the VM over its limit | any, where there is nothing else to compress |
 //!
 //! One folio at a time, until the host is `high` again: zap all of it, freeze it with the one
-//! reference that we hold, drop what is zero, copy the rest to frames of a reserve that was filled
-//! before, replace the slots, thaw, free the folio. Then the pages of which others are known are
-//! merged at once, so that the memory is back before the next folio is considered.
+//! reference that we hold, drop what is zero, copy the rest to frames, replace the slots, thaw, free
+//! the folio. Then the pages of which others are known are merged at once, so that the memory is back
+//! before the next folio is considered.
+//!
+//! The frames are charged to the VM where they are to be had. Where they are not, they come from a
+//! reserve that was filled while there was memory: the folio that is freed by it fills it again.
 //!
 //! Lock order: policy > region > index. The reserve is filled with no lock held.
 
@@ -34,6 +37,7 @@ use crate::{
     sys::{
         clock, hash,
         page::{Frame, Purpose},
+        protect::{self, Protection},
         slots::{Content, SlotsOf, SLOTS},
         task::{self, Work},
         zs::Scratch,
@@ -73,13 +77,12 @@ impl Work for Splitter {
     fn run(&self) {
         task::be_nice(5);
         let host = &self.0;
-        let mut reserve = KVec::new();
+        let mut kept = None;
         let mut collapser = Collapser::new();
         while !task::should_stop() {
-            let busy = self.round(&mut reserve);
-            host.splits
-                .reserve
-                .store(reserve.len() as u64, Ordering::Relaxed);
+            let busy = self.round(&mut kept);
+            let reserve = kept.as_ref().map_or(0, |supply| supply.reserve.len());
+            (host.splits.reserve).store(reserve as u64, Ordering::Relaxed);
             collapser.round(host);
             if busy {
                 task::cond_resched();
@@ -96,14 +99,21 @@ impl Work for Splitter {
 
 impl Splitter {
     /// Splits some folios; false when there is nothing more to do by now.
-    fn round(&self, reserve: &mut KVec<Frame>) -> bool {
+    fn round(&self, kept: &mut Option<Supply>) -> bool {
         let host = &self.0;
         if host.totals().huge == 0 {
-            reserve.clear();
+            *kept = None;
             return false;
         }
+        if kept.is_none() {
+            *kept = Supply::new().ok();
+        }
+        let Some(supply) = kept else {
+            count(&host.splits.no_memory);
+            return false;
+        };
         // While there is memory: at the worst moment there must be no need for any.
-        fill(reserve, SLOTS);
+        supply.fill();
         let holes = host.splits.holes.swap(false, Ordering::Relaxed);
         let mut needed = holes || host.is_short();
         host.vms().for_each(|vm| needed |= host.needs_small(vm));
@@ -117,7 +127,8 @@ impl Splitter {
             }
             // Without a gain there is no hurry: what was split last is compressed first.
             let gains = gain_of(&region).rank() > 0;
-            split |= split_and_merge(host, &region, &mut Supply::new(&region, reserve)) && gains;
+            split |= split_and_merge(host, &region, supply) && gains;
+            supply.own.clear();
             task::cond_resched();
         }
         // Those that were left out, or refused, are tried again.
@@ -127,37 +138,53 @@ impl Splitter {
     }
 }
 
-/// As many frames as are to be had, up to `target`.
-fn fill(reserve: &mut KVec<Frame>, target: usize) {
-    while reserve.len() < target {
-        let Some(frame) = Frame::alloc(Purpose::Shared, -1) else {
-            return;
-        };
-        if reserve.push(frame, GFP_KERNEL).is_err() {
-            return;
+/// What a split takes. All of it is there before it is needed, and stays from split to split.
+struct Supply {
+    /// Frames at the expense of the VM whose folio is split.
+    own: KVec<Frame>,
+    /// Frames in place of those that are not to be had.
+    reserve: KVec<Frame>,
+    /// What the folio's parts become.
+    parts: SlotsOf<Part>,
+}
+
+impl Supply {
+    /// A folio without a page of zeroes, and the first page of a merge, which gives two back.
+    const RESERVE: usize = SLOTS + 1;
+
+    /// Room for all of it, and no frame yet.
+    fn new() -> Result<Supply> {
+        Ok(Supply {
+            own: KVec::with_capacity(SLOTS, GFP_KERNEL)?,
+            reserve: KVec::with_capacity(Self::RESERVE, GFP_KERNEL)?,
+            parts: SlotsOf::new()?,
+        })
+    }
+
+    /// Fills the reserve with what is to be had.
+    fn fill(&mut self) {
+        while self.reserve.len() < Self::RESERVE && protect::armed(Protection::SplitReserve) {
+            let Some(frame) = Frame::alloc(Purpose::Shared, -1) else {
+                return;
+            };
+            if self.reserve.push_within_capacity(frame).is_err() {
+                return;
+            }
         }
     }
-}
 
-/// What a split takes: frames at the VM's expense, and the reserve for those that are not to be had.
-struct Supply<'a> {
-    own: KVec<Frame>,
-    reserve: &'a mut KVec<Frame>,
-}
-
-impl Supply<'_> {
-    /// For all parts of the region's folio that may hold data.
-    fn new<'a>(region: &Region, reserve: &'a mut KVec<Frame>) -> Supply<'a> {
-        fill(reserve, SLOTS);
-        let mut own = KVec::new();
+    /// Provides frames for all parts of the region's folio that may hold data; false when there are
+    /// too few.
+    fn provide(&mut self, region: &Region) -> bool {
+        self.fill();
         let needed = SLOTS.saturating_sub(usize::from(gain_of(region).zeroes));
-        while own.len() < needed {
+        while self.own.len() < needed {
             let frame = region.returned_frame();
-            if frame.is_none_or(|frame| own.push(frame, GFP_KERNEL).is_err()) {
+            if frame.is_none_or(|frame| self.own.push_within_capacity(frame).is_err()) {
                 break;
             }
         }
-        Supply { own, reserve }
+        self.own.len().saturating_add(self.reserve.len()) >= needed
     }
 
     fn take(&mut self) -> Option<Frame> {
@@ -243,20 +270,16 @@ enum Part {
 
 /// Splits the region's folio. What a part was known as stays noted of its page. False, with
 /// everything as it was, when that is not possible; each reason is counted.
-fn split(
-    host: &Host,
-    guard: &mut RegionGuard<'_>,
-    parts: &mut SlotsOf<Part>,
-    supply: &mut Supply<'_>,
-) -> bool {
+fn split(host: &Host, guard: &mut RegionGuard<'_>, supply: &mut Supply) -> bool {
     let start = clock::now_us();
-    if !copy_parts(host, guard, parts, supply) {
+    if !copy_parts(host, guard, supply) {
+        supply.parts.clear();
         return false;
     }
     let folio = guard.leave_huge();
     let mut gained = 0u64;
     for index in 0..SLOTS {
-        let content = match parts.take(index) {
+        let content = match supply.parts.take(index) {
             None | Some(Part::Cut) => continue,
             Some(Part::Hole) => Content::Empty,
             Some(Part::Zero) => Content::Zero,
@@ -281,12 +304,7 @@ fn split(
 
 /// Copies all parts that hold data while nobody can reach the folio. False, with the folio as it
 /// was, when that is not possible.
-fn copy_parts(
-    host: &Host,
-    guard: &RegionGuard<'_>,
-    parts: &mut SlotsOf<Part>,
-    supply: &mut Supply<'_>,
-) -> bool {
+fn copy_parts(host: &Host, guard: &RegionGuard<'_>, supply: &mut Supply) -> bool {
     let Some(folio) = guard.huge() else {
         return false;
     };
@@ -301,7 +319,7 @@ fn copy_parts(
     };
     for index in 0..SLOTS {
         let Some(word) = HugeWord::from_slot(guard.slot(index)) else {
-            parts.put(index, Part::Cut);
+            supply.parts.put(index, Part::Cut);
             continue;
         };
         let page = frozen.part(index);
@@ -325,23 +343,24 @@ fn copy_parts(
                 }
             }
         };
-        parts.put(index, part);
+        supply.parts.put(index, part);
     }
     true
 }
 
 /// Splits a folio and merges the pages of which it knows others. True when it was split.
-fn split_and_merge(host: &Host, region: &Region, supply: &mut Supply<'_>) -> bool {
+fn split_and_merge(host: &Host, region: &Region, supply: &mut Supply) -> bool {
     /// Pages that are merged with the lock held.
     const RUN: usize = 32;
     let policy = host.policy();
     let vm = region.vm();
     let merges = host.run_mode() == RunMode::Run && vm.shares() && !policy.zero_only;
     let mut known = [0u64; SLOTS / 64];
-    let Ok(mut parts) = SlotsOf::new() else {
+    // Before the guest feels anything of it.
+    if !supply.provide(region) {
         count(&host.splits.no_memory);
         return false;
-    };
+    }
     {
         let mut guard = region.lock();
         if guard.is_retired() || guard.huge().is_none() {
@@ -354,7 +373,7 @@ fn split_and_merge(host: &Host, region: &Region, supply: &mut Supply<'_>) -> boo
                 *set |= u64::from(wanted) << (index % 64);
             }
         }
-        if !split(host, &mut guard, &mut parts, supply) {
+        if !split(host, &mut guard, supply) {
             return false;
         }
     }

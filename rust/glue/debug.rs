@@ -120,8 +120,8 @@ mod switches {
     struct Switch(protect::Protection);
 
     /// One file for each protection, `1` takes it out; and one for each kind of failure, and
-    /// `fail_allocation` for all kinds: a number N lets the Nth from then on fail, and reads as how
-    /// many it still is to that one.
+    /// `fail_allocation` for all kinds: a number N lets the Nth from then on fail, `N-` all after it
+    /// as well, and reads as how many it still is to that one.
     pub(super) struct Switches {
         _protections: KVec<Pin<KBox<File<Switch>>>>,
         _countdowns: KVec<Pin<KBox<File<Countdown>>>>,
@@ -183,8 +183,12 @@ mod switches {
         let len = reader.len();
         let text = digits.get_mut(..len).ok_or(EINVAL)?;
         reader.read_slice(text)?;
-        let text = core::str::from_utf8(text).map_err(|_| EINVAL)?;
-        countdown.fail_after(text.trim_end().parse().map_err(|_| EINVAL)?);
+        let text = core::str::from_utf8(text).map_err(|_| EINVAL)?.trim_end();
+        let (nth, all_after) = match text.strip_suffix('-') {
+            Some(nth) => (nth, true),
+            None => (text, false),
+        };
+        countdown.fail_after(nth.parse::<u32>().map_err(|_| EINVAL)?.into(), all_after);
         Ok(())
     }
 }

@@ -68,6 +68,9 @@ mod counted {
     use super::{Point, POINTS};
     use core::sync::atomic::{AtomicU64, Ordering};
 
+    /// In a countdown: all that come after the one that fails do so too.
+    const ALL_AFTER: u64 = 1 << 63;
+
     /// For each kind, and last for all of them: how many it still is until one fails, that one
     /// included; 0: none fails.
     static LEFT: [AtomicU64; POINTS.len() + 1] = [const { AtomicU64::new(0) }; POINTS.len() + 1];
@@ -89,21 +92,27 @@ mod counted {
                 .unwrap_or(any)
         }
 
-        /// Lets the `nth` from now on fail, and none after it; 0: none at all.
-        pub(crate) fn fail_after(self, nth: u64) {
-            self.left_word().store(nth, Ordering::Relaxed);
+        /// Lets the `nth` from now on fail, and all after it or none; 0: none at all.
+        pub(crate) fn fail_after(self, nth: u64, all_after: bool) {
+            let after = if all_after { ALL_AFTER } else { 0 };
+            self.left_word().store(nth | after, Ordering::Relaxed);
         }
 
-        /// How many it still is to the one that fails; 0 after it failed.
+        /// How many it still is to the first that fails; 0 after it failed, 1 while all do.
         pub(crate) fn left(self) -> u64 {
-            self.left_word().load(Ordering::Relaxed)
+            self.left_word().load(Ordering::Relaxed) & !ALL_AFTER
         }
 
         fn is_over(self) -> bool {
             let relaxed = Ordering::Relaxed;
+            let next = |left: u64| match left & !ALL_AFTER {
+                0 => None,
+                1 if left != 1 => Some(left),
+                _ => left.checked_sub(1),
+            };
             self.left_word()
-                .fetch_update(relaxed, relaxed, |left| left.checked_sub(1))
-                == Ok(1)
+                .fetch_update(relaxed, relaxed, next)
+                .is_ok_and(|left| left & !ALL_AFTER == 1)
         }
     }
 

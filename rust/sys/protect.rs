@@ -35,11 +35,13 @@ pub(crate) enum Protection {
     WriteResult,
     /// Let the index grow: without it, more contents than it holds have to take turns.
     IndexGrowth,
+    /// Keep frames for a split for which there is no memory.
+    SplitReserve,
 }
 
 #[cfg(thinram_debug)]
 /// All of them, with the names of their switches in debugfs.
-pub(crate) const ALL: [(Protection, &kernel::str::CStr); 13] = [
+pub(crate) const ALL: [(Protection, &kernel::str::CStr); 14] = [
     (Protection::Zap, c"break_zap"),
     (Protection::Freeze, c"break_freeze"),
     (Protection::Compare, c"break_compare"),
@@ -53,6 +55,7 @@ pub(crate) const ALL: [(Protection, &kernel::str::CStr); 13] = [
     (Protection::Checksum, c"break_checksum"),
     (Protection::WriteResult, c"break_write_result"),
     (Protection::IndexGrowth, c"break_index_growth"),
+    (Protection::SplitReserve, c"break_split_reserve"),
 ];
 
 #[cfg(not(thinram_debug))]

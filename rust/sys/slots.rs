@@ -292,4 +292,9 @@ impl<T> SlotsOf<T> {
     pub(crate) fn take(&mut self, index: usize) -> Option<T> {
         self.0.get_mut(index)?.take()
     }
+
+    /// Drops all values.
+    pub(crate) fn clear(&mut self) {
+        self.0.iter_mut().for_each(|value| *value = None);
+    }
 }

@@ -113,6 +113,11 @@ pub const CASES: &[Case] = &[
         split_holes,
     ),
     Case::thinram(
+        "huge/reported",
+        "2 MiB given back one by one, as free page reporting does: the rest stays large",
+        reported,
+    ),
+    Case::thinram(
         "huge/split-alone",
         "share 0: no duplicates counted, none split",
         split_alone,
@@ -1067,17 +1072,68 @@ fn split_holes(ctx: &Ctx) -> Result<()> {
     ctx.expect_used("of those written to again", &mount, "web", used)
 }
 
+fn reported(ctx: &Ctx) -> Result<()> {
+    const REGIONS: usize = 8;
+    let (mount, guest) = guest(ctx, REGIONS * LARGE)?;
+    let sys = ctx.sys();
+    let splits = sys.get("splits")?;
+    guest.fill(0, REGIONS * LARGE, 1);
+    eq(
+        "KiB mapped large",
+        mapped_large(&guest.map)?,
+        REGIONS as u64 * LARGE_KB,
+    )?;
+    sys.flat_out()?;
+    // Every other one, as QEMU discards it.
+    for region in (0..REGIONS).step_by(2) {
+        let at = region * LARGE * PAGE;
+        sys::punch(&guest.file, at as u64, (LARGE * PAGE) as u64)?;
+        guest.map.advise(at, LARGE * PAGE, libc::MADV_DONTNEED)?;
+    }
+    let left = REGIONS as u64 / 2 * LARGE_KB;
+    huge_is(ctx, "of the rest", "web", left)?;
+    ctx.passes(2)?;
+    eq(
+        "KiB mapped large of the rest",
+        mapped_large(&guest.map)?,
+        left,
+    )?;
+    ctx.expect_used("of the rest", &mount, "web", left)?;
+    for region in (1..REGIONS).step_by(2) {
+        guest.holds(region * LARGE, (region + 1) * LARGE, 1)?;
+    }
+    // One fault for each that the guest takes back.
+    let faults = guest.sysfs(ctx).get("faults")?;
+    sys.set("run", 0)?;
+    for region in (0..REGIONS).step_by(2) {
+        guest.fill(region * LARGE, (region + 1) * LARGE, 1);
+    }
+    let taken = guest.sysfs(ctx).get("faults")? - faults;
+    eq("faults", taken, REGIONS as u64 / 2)?;
+    guest.holds(0, REGIONS * LARGE, 1)?;
+    huge_is(ctx, "taken back", "web", REGIONS as u64 * LARGE_KB)?;
+    eq("splits", sys.get("splits")? - splits, 0)
+}
+
+/// Fills region `region` so that it equals every other one that is filled so.
+pub fn fill_equal(guest: &Guest, region: usize) {
+    for page in 0..LARGE {
+        let content = content::page(page as u64 + 1);
+        guest.map.write_page(region * LARGE + page, &content);
+    }
+}
+
 fn split_alone(ctx: &Ctx) -> Result<()> {
     always(ctx)?;
     let sys = ctx.sys();
     let mount = ctx.mount("m", "size=64M,domain=lab,share=0")?;
     let guest = mount.guest("web", 4 * LARGE)?;
-    guest.fill(0, LARGE, 1);
-    guest.fill(LARGE, 2 * LARGE, 1);
+    fill_equal(&guest, 0);
+    fill_equal(&guest, 1);
     guest.map.set(2 * LARGE, 0, 1);
     let other = mount.guest("other", LARGE)?;
     other.sysfs(ctx).set("share", 1)?;
-    other.fill(0, LARGE, 1);
+    fill_equal(&other, 0);
     sys.flat_out()?;
     force(ctx, "clear")?;
     ctx.passes(4)?;

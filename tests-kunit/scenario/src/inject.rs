@@ -4,12 +4,14 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
 
 use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
 
 use crate::check::{eq, page_is, skip, that, Code};
 use crate::content;
+use crate::contention::force;
 use crate::ctx::Ctx;
 use crate::harness::Case;
 use crate::huge::{self, LARGE, LARGE_KB};
@@ -35,6 +37,11 @@ pub const CASES: &[Case] = &[
         "no 2 MiB in one piece: 4 KiB, and 2 MiB the next time",
         no_large,
     ),
+    Case::thinram(
+        "debug/split-reserve",
+        "without any memory a 2 MiB page is split all the same, from the reserve",
+        split_reserve,
+    ),
 ];
 
 /// A file of a debug build in debugfs, put back to 0 when the value goes.
@@ -50,7 +57,16 @@ impl Switch {
     }
 
     fn set(&self, value: u64) -> Result<()> {
-        fs::write(&self.0, value.to_string()).with_context(|| format!("{}", self.0.display()))
+        self.write(&value.to_string())
+    }
+
+    /// From now on every one fails, until the value is set or goes.
+    fn fail_all(&self) -> Result<()> {
+        self.write("1-")
+    }
+
+    fn write(&self, text: &str) -> Result<()> {
+        fs::write(&self.0, text).with_context(|| format!("{}", self.0.display()))
     }
 
     fn get(&self) -> Result<u64> {
@@ -107,6 +123,52 @@ fn no_large(ctx: &Ctx) -> Result<()> {
     huge::huge_is(ctx, "the next time", "web", 3 * LARGE_KB)?;
     guest.holds(0, 3 * LARGE, 1)?;
     ctx.expect_used("at the end", &mount, "web", 3 * LARGE_KB)
+}
+
+fn split_reserve(ctx: &Ctx) -> Result<()> {
+    /// In a second the splitter comes by on its own.
+    const WAIT: f64 = 4.0;
+    let fail = Switch::new(ctx, "fail_frame")?;
+    huge::always(ctx)?;
+    let sys = ctx.sys();
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let guest = mount.guest("web", 2 * LARGE)?;
+    huge::fill_equal(&guest, 0);
+    huge::fill_equal(&guest, 1);
+    let holds = || -> Result<()> {
+        guest.holds(0, LARGE, 1)?;
+        for page in 0..LARGE {
+            let seen = guest.map.read_page(LARGE + page);
+            let expected = content::page(page as u64 + 1);
+            page_is(format!("page {page} of the second"), &seen, &expected)?;
+        }
+        Ok(())
+    };
+    sys.flat_out()?;
+    ctx.passes(2)?;
+    huge::huge_is(ctx, "before", "web", 2 * LARGE_KB)?;
+    eq(
+        "splittable_kb",
+        sys.vm("web").get("splittable_kb")?,
+        LARGE_KB,
+    )?;
+    // The reserve was filled when the splitter came by, a pass or a second ago.
+    thread::sleep(ctx.limit(WAIT / 2.0));
+    let refused = sys.get("splits_refused_no_memory")?;
+    let splits = sys.get("splits")?;
+    fail.fail_all()?;
+    force(ctx, "clear")?;
+    ctx.until_least("splits", splits + 1, WAIT)?;
+    // Nothing comes after it that would fill the reserve again: no more is split, nothing is lost.
+    ctx.until_least("splits_refused_no_memory", refused + 2, WAIT)?;
+    eq("splits without memory", sys.get("splits")? - splits, 1)?;
+    huge::huge_is(ctx, "without memory", "web", LARGE_KB)?;
+    ctx.expect_used("without memory", &mount, "web", 2 * LARGE_KB)?;
+    holds()?;
+    fail.set(0)?;
+    ctx.until_is("pages_sharing", LARGE as u64, 4.0 * SOON)?;
+    eq("splits with memory", sys.get("splits")? - splits, 2)?;
+    holds()
 }
 
 fn lost_hint(ctx: &Ctx) -> Result<()> {

@@ -234,6 +234,13 @@ const PROTECTIONS: &[Protection] = &[
         Sees::WrongSharing,
         None,
     ),
+    large(
+        "split_reserve",
+        "a split that waits for memory when there is none",
+        "debug/split-reserve",
+        Sees::WrongSharing,
+        None,
+    ),
 ];
 
 impl Protection {
