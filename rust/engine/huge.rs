@@ -85,14 +85,19 @@ pub(crate) fn serve(backing: &Backing, fault: Fault) -> Answer {
     if guard.is_retired() || end > backing.pages() || fault.middle() == Middle::Table {
         return Answer::Fallback;
     }
-    if guard.huge().is_none() {
-        if !region.looks_empty() {
-            return Answer::Fallback;
+    let fresh = guard.huge().is_none();
+    if fresh {
+        match spare.take() {
+            None if region.looks_empty() => return show_zeroes(backing, &fault, guard),
+            None => return Answer::Fallback,
+            Some(folio) => {
+                // Freed only once the region is unlocked.
+                spare = guard.become_huge(folio).err();
+                if spare.is_some() {
+                    return Answer::Fallback;
+                }
+            }
         }
-        let Some(spare) = spare.take() else {
-            return show_zeroes(backing, &fault, guard);
-        };
-        guard.become_huge(spare);
     }
     count(&backing.vm().events.faults);
     backing.vm().sample.count_touched(guard.touch_all());
@@ -103,7 +108,7 @@ pub(crate) fn serve(backing: &Backing, fault: Fault) -> Answer {
         count(&backing.vm().events.protect_faults);
     }
     let answer = match guard.huge() {
-        Some(frame) if !frame.is_poisoned() => fault.map_huge(frame, writable),
+        Some(frame) if fresh || !frame.is_poisoned() => fault.map_huge(frame, writable),
         _ => Answer::Fallback,
     };
     if answer == Answer::Done {
@@ -167,9 +172,8 @@ pub(crate) fn preallocate(backing: &Backing, page: u64, to: u64) -> Result<bool>
         return Ok(false);
     };
     let mut guard = region.lock();
-    let free = !guard.is_retired() && guard.huge().is_none() && region.looks_empty();
-    if free {
-        guard.become_huge(frame);
+    if guard.is_retired() || guard.huge().is_some() {
+        return Ok(false);
     }
-    Ok(free)
+    Ok(guard.become_huge(frame).is_ok())
 }

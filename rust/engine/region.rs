@@ -49,6 +49,8 @@ struct Inner {
     /// What all slots in state Huge are parts of. Slots that a truncation cut off are Empty, and
     /// their parts zeroed; all others are Huge.
     huge: Option<HugeFrame>,
+    /// Some slots of the folio may be Empty.
+    cut: bool,
     /// When protecting it pays.
     calm: Calm,
     /// Faults of 4 KiB that may still be sent back to come as one of 2 MiB.
@@ -97,6 +99,7 @@ impl Region {
                         mapping: Some(mapping),
                         protected: [0; SLOTS / 64],
                         huge: None,
+                        cut: false,
                         calm: Calm::NEW,
                         asks: ASKS,
                     },
@@ -278,15 +281,40 @@ impl RegionGuard<'_> {
         }
     }
 
-    /// Makes the empty region one folio of zeroes. No mapping shows a page of it afterwards.
-    pub(crate) fn become_huge(&mut self, frame: HugeFrame) {
-        if (0..SLOTS).any(|index| self.slot(index).is_zero_mapped()) {
+    /// Makes the region, if it is empty, one folio of zeroes. No mapping shows a page of it
+    /// afterwards.
+    ///
+    /// # Errors
+    ///
+    /// The folio, where a page is not Empty.
+    pub(crate) fn become_huge(&mut self, frame: HugeFrame) -> core::result::Result<(), HugeFrame> {
+        let mut mapped = false;
+        for index in 0..SLOTS {
+            let slot = self.slot(index);
+            if slot.state() != State::Empty {
+                return Err(frame);
+            }
+            mapped |= slot.is_zero_mapped();
+        }
+        if mapped {
             self.zap_range(0, SLOTS);
         }
+        // As `set` for each of them; this is most of what a first touch costs beside the zeroes.
+        let words = &self.region.words;
+        for index in 0..SLOTS {
+            let new = Content::Huge(HugeWord::NEW);
+            let _ = words.replace(&mut self.inner.key, index, new, 0);
+        }
+        self.region
+            .vm
+            .counts()
+            .move_pages(counts::Class::Empty, counts::Class::Huge, SLOTS as u64);
+        self.inner.protected = [0; SLOTS / 64];
         self.inner.huge = Some(frame);
+        self.inner.cut = false;
         self.inner.calm = Calm::NEW;
         self.inner.asks = ASKS;
-        self.revive_all();
+        Ok(())
     }
 
     /// Puts `frame` in place of all pages, whose content it has and which no mapping shows; `release`
@@ -296,6 +324,7 @@ impl RegionGuard<'_> {
             release(self.set(index, Content::Huge(HugeWord::NEW), 0));
         }
         self.inner.huge = Some(frame);
+        self.inner.cut = false;
         self.inner.calm = Calm::NEW;
         self.inner.asks = ASKS;
     }
@@ -327,8 +356,10 @@ impl RegionGuard<'_> {
 
     /// The same for all of them; the whole region lies before the end of the file.
     pub(crate) fn revive_all(&mut self) {
-        for index in 0..SLOTS {
-            self.revive(index);
+        if core::mem::take(&mut self.inner.cut) {
+            for index in 0..SLOTS {
+                self.revive(index);
+            }
         }
     }
 
@@ -351,6 +382,7 @@ impl RegionGuard<'_> {
         if whole {
             self.inner.huge.take()
         } else {
+            self.inner.cut |= cut;
             None
         }
     }

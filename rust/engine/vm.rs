@@ -83,8 +83,13 @@ impl VmCounts {
 
     /// A page goes from one state to another.
     pub(crate) fn move_page(&mut self, from: counts::Class, to: counts::Class) {
+        self.move_pages(from, to, 1);
+    }
+
+    /// Pages go from one state to another.
+    pub(crate) fn move_pages(&mut self, from: counts::Class, to: counts::Class, pages: u64) {
         // A refusal would mean that a page was counted twice; the sum stays true either way.
-        if from != to && self.pages.transition(from, to, 1).is_err() {
+        if from != to && self.pages.transition(from, to, pages).is_err() {
             kernel::pr_err_once!("thinram: page counts are off ({:?} to {:?})\n", from, to);
         }
     }
