@@ -13,12 +13,15 @@
 //! their pages are their own and compress, to a third, a bit less than half or three quarters. The
 //! busy one makes pass after pass without a rest; the idle one makes one, waits for `stop`, and makes
 //! another.
+//!
+//! `guest-load NAME MIB reads` writes a word to each page of MIB and, for each line `read`, reads 200000
+//! of them in random order: `guest-load: reads=N bad=N us=N`.
 
 use std::io::{BufRead, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
@@ -214,9 +217,71 @@ fn say(text: &str) {
     let _ = out.flush();
 }
 
+/// A large area with a word in each page.
+struct Area(Vec<u64>);
+
+impl Area {
+    fn new(mib: usize) -> Self {
+        // Not touched yet: zeroes come from the kernel.
+        let mut words = vec![0; mib * 1024 * 1024 / 8];
+        for (page, words) in words.chunks_mut(WORDS).enumerate() {
+            words[0] = mix(page as u64);
+        }
+        Self(words)
+    }
+
+    /// Reads so many words in an order that is the same each time; how many are wrong.
+    fn read(&self, count: usize) -> usize {
+        let pages = self.0.len() / WORDS;
+        let mut bad = 0;
+        let mut state = 1;
+        for _ in 0..count {
+            state = mix(state);
+            let page = (state % pages as u64) as usize;
+            bad += usize::from(self.0[page * WORDS] != mix(page as u64));
+        }
+        bad
+    }
+}
+
+/// Random reads, as often as it is asked to.
+fn reads(name: &str, mib: usize) -> ExitCode {
+    const READS: usize = 200_000;
+    let area = Area::new(mib);
+    say(&format!("start name={name} pages={}", area.0.len() / WORDS));
+    let (mut rounds, mut bad) = (0, 0);
+    for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+        match line.trim() {
+            "read" => {
+                let start = Instant::now();
+                let now = area.read(READS);
+                let us = start.elapsed().as_micros();
+                say(&format!("reads={READS} bad={now} us={us}"));
+                rounds += 1;
+                bad += now;
+            }
+            "stop" => break,
+            _ => {}
+        }
+    }
+    end(rounds, bad)
+}
+
+/// The last line, and the exit status that belongs to it.
+fn end(passes: u64, bad: usize) -> ExitCode {
+    let verdict = if bad == 0 { "intact" } else { "corrupt" };
+    say(&format!("end passes={passes} bad={bad} verdict={verdict}"));
+    ExitCode::from(u8::from(bad != 0))
+}
+
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    if let [name, mib, "reads"] = &words[..] {
+        if let Some(mib) = mib.parse().ok().filter(|&mib| mib > 0) {
+            return reads(name, mib);
+        }
+    }
     let parsed = match &words[..] {
         [name, mib, rest @ ..] if rest.len() <= 1 => mib
             .parse::<usize>()
@@ -226,7 +291,7 @@ fn main() -> ExitCode {
         _ => None,
     };
     let Some((name, mib, work)) = parsed else {
-        eprintln!("usage: guest-load NAME MIB [busy|idle] (MIB above 0), got {args:?}");
+        eprintln!("usage: guest-load NAME MIB [busy|idle|reads] (MIB above 0), got {args:?}");
         return ExitCode::from(2);
     };
     let stop = Arc::new(AtomicBool::new(false));
@@ -264,12 +329,7 @@ fn main() -> ExitCode {
             }
         }
     }
-    let verdict = if bad == 0 { "intact" } else { "corrupt" };
-    say(&format!(
-        "end passes={} bad={bad} verdict={verdict}",
-        load.pass
-    ));
-    ExitCode::from(u8::from(bad != 0))
+    end(load.pass, bad)
 }
 
 #[cfg(test)]
@@ -342,6 +402,16 @@ mod tests {
             let same = page.0.iter().filter(|w| **w == page.0[WORDS - 1]).count();
             assert!(same >= WORDS - 394, "page {i}: {same} words alike");
         }
+    }
+
+    #[test]
+    fn an_area_is_read_as_it_was_written() {
+        let mut area = Area::new(2);
+        assert_eq!(area.read(10_000), 0);
+        for page in 0..512 {
+            area.0[page * WORDS] += 1;
+        }
+        assert_eq!(area.read(1000), 1000);
     }
 
     #[test]

@@ -308,6 +308,11 @@ const CASES: &[Case] = &[
         run: |_| crate::large::kvm_maps_2_mib(),
     },
     Case {
+        name: "reported_memory_leaves_the_rest_of_2_mib",
+        module: true,
+        run: |_| crate::large::reported_memory(),
+    },
+    Case {
         name: "limited_guest_is_compressed_and_intact",
         module: true,
         run: limited,

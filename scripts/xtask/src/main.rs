@@ -195,7 +195,7 @@ fn work(task: Task) -> Result<ExitCode> {
             append,
         } => {
             match place {
-                vm::Place::KvmHost => drop(vm::guests(&kernel)?),
+                vm::Place::KvmHost | vm::Place::KvmCounted => drop(vm::guests(&kernel)?),
                 vm::Place::SmpHost => {}
                 vm::Place::Uml | vm::Place::UmlDebug | vm::Place::UmlKasan => {
                     if let Some(kind) = place.uml() {
@@ -297,15 +297,17 @@ fn bench_host(kernel: &env::Kernel) -> Result<ExitCode> {
     vm::guests(kernel)?;
     let large = vm::Job {
         name: "bench-large".into(),
-        place: vm::Place::KvmHost,
+        place: vm::Place::KvmCounted,
         script: "exec /src/target/sysroot/release/xtask inside bench-large\n".into(),
-        memory_mib: 3072,
+        memory_mib: large::HOST_MIB,
+        timeout: Duration::from_secs(40 * 60),
         append: String::new(),
         ..job.clone()
     };
     let contention = vm::Job {
         name: "bench-contention".into(),
         script: "exec /src/target/sysroot/release/xtask inside bench-contention\n".into(),
+        place: vm::Place::KvmHost,
         timeout: Duration::from_secs(60 * 60),
         memory_mib: contention::HOST_MIB,
         ..large.clone()

@@ -55,7 +55,9 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
             ]
         });
         let kvm = Suite::run(Kind::Kvm, "stock kernel: KVM guests", || guests(k));
-        (smp.join(), kvm)
+        let name = "stock kernel, instructions for a clock: KVM's exits";
+        let counted = Suite::run(Kind::Kvm, name, || counted(k));
+        (smp.join(), [kvm, counted])
     });
     suites.extend(smp.unwrap_or_else(|_| {
         let name = "stock kernel, 2 CPUs: scenarios";
@@ -65,7 +67,7 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
             vec![Test::fail("suite", "the runner itself panicked")],
         )]
     }));
-    suites.push(kvm);
+    suites.extend(kvm);
     suites
 }
 
@@ -223,6 +225,12 @@ fn guests(k: &Kernel) -> Result<Vec<Test>> {
     vm::guests(k)?;
     let script = "/src/target/sysroot/release/xtask inside guests";
     Ok(vm::execute(k, &job("kvm-guests", Place::KvmHost, script))?.tests())
+}
+
+/// What is counted of a guest, where it does not depend on the machine how much that is.
+fn counted(k: &Kernel) -> Result<Vec<Test>> {
+    let script = "/src/target/sysroot/release/xtask inside guests --filter kvm_maps_2_mib";
+    Ok(vm::execute(k, &job("kvm-counted", Place::KvmCounted, script))?.tests())
 }
 
 /// A job of the size that the suites need.

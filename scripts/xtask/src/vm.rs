@@ -32,6 +32,9 @@ pub enum Hardware {
 pub enum Place {
     /// The stock kernel with /dev/kvm. One CPU where it is emulated: emulated SVM resets guests with two.
     KvmHost,
+    /// The same, emulated in any case, with a clock that counts instructions: a nanosecond each. What is
+    /// measured there does not depend on what else the machine does.
+    KvmCounted,
     /// The stock kernel on two CPUs with a NUMA node each, without guests.
     SmpHost,
     /// User-Mode Linux on one CPU at native speed, the module built in.
@@ -49,7 +52,7 @@ impl Place {
             Place::Uml => Some(setup::Uml::Plain),
             Place::UmlDebug => Some(setup::Uml::Debug),
             Place::UmlKasan => Some(setup::Uml::Kasan),
-            Place::KvmHost | Place::SmpHost => None,
+            Place::KvmHost | Place::KvmCounted | Place::SmpHost => None,
         }
     }
 }
@@ -114,6 +117,9 @@ impl Outcome {
         vec![Test::fail("kernel log is clean, run ended", why.join("; "))]
     }
 }
+
+/// On the kernel's command line in [`Place::KvmCounted`].
+pub const COUNTED: &str = "thinram.counted=1";
 
 /// The size of the disk that each run gets, mounted at /run/disk.
 const DISK_BYTES: u64 = 1 << 30;
@@ -306,8 +312,10 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
         "none",
         "-no-reboot",
     ]);
-    let nested = job.place == Place::KvmHost;
+    let counted = job.place == Place::KvmCounted;
+    let nested = job.place == Place::KvmHost || counted;
     let native = match hardware {
+        _ if counted => false,
         Hardware::None => false,
         Hardware::Plain => !nested,
         Hardware::Nested => true,
@@ -315,7 +323,11 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
     if native {
         c.args(["-machine", "q35,accel=kvm", "-cpu", "host"]);
     } else if nested {
-        c.args(["-machine", "q35", "-accel", "tcg,thread=multi"]);
+        let thread = if counted { "single" } else { "multi" };
+        c.args(["-machine", "q35", "-accel", &format!("tcg,thread={thread}")]);
+        if counted {
+            c.args(["-icount", "shift=0"]);
+        }
         c.args(["-cpu", "EPYC,+svm,+npt,+x2apic"]);
     } else {
         c.args(["-machine", "q35", "-accel", "tcg,thread=multi"]);
@@ -369,8 +381,9 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
     // An emulated timer that comes late on a busy machine is no reason to stop at.
     c.arg("-append").arg(format!(
         "console=ttyS0 panic=-1 panic_on_warn=1 oops=panic no_timer_check loglevel=6 thinram.dir={} \
-         thinram.out=/dev/ttyS1 {}",
+         thinram.out=/dev/ttyS1 {} {}",
         dir.display(),
+        if counted { COUNTED } else { "" },
         job.append
     ));
     Ok(c)
