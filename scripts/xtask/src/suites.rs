@@ -55,9 +55,7 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
             ]
         });
         let kvm = Suite::run(Kind::Kvm, "stock kernel: KVM guests", || guests(k));
-        let name = "stock kernel, instructions for a clock: KVM's exits";
-        let counted = Suite::run(Kind::Kvm, name, || counted(k));
-        (smp.join(), [kvm, counted])
+        (smp.join(), kvm)
     });
     suites.extend(smp.unwrap_or_else(|_| {
         let name = "stock kernel, 2 CPUs: scenarios";
@@ -67,7 +65,7 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
             vec![Test::fail("suite", "the runner itself panicked")],
         )]
     }));
-    suites.extend(kvm);
+    suites.push(kvm);
     suites
 }
 
@@ -225,12 +223,6 @@ fn guests(k: &Kernel) -> Result<Vec<Test>> {
     vm::guests(k)?;
     let script = "/src/target/sysroot/release/xtask inside guests";
     Ok(vm::execute(k, &job("kvm-guests", Place::KvmHost, script))?.tests())
-}
-
-/// What is counted of a guest, where it does not depend on the machine how much that is.
-fn counted(k: &Kernel) -> Result<Vec<Test>> {
-    let script = "/src/target/sysroot/release/xtask inside guests --filter kvm_maps_2_mib";
-    Ok(vm::execute(k, &job("kvm-counted", Place::KvmCounted, script))?.tests())
 }
 
 /// A job of the size that the suites need.
