@@ -122,7 +122,8 @@ const PROTECTIONS: &[Protection] = &[
         name: "punch_zap",
         prevents: "a mapping that outlives the page's hole",
         case: "torture/punch",
-        sees: Sees::Corruption,
+        // The same, where what was there is mapped read-only.
+        sees: Sees::CorruptionOrBusError,
         large: false,
         with: None,
     },
