@@ -662,24 +662,22 @@ fn work(guest: &Guest, vm: usize, seed: u64, stop: &AtomicBool, breaks: &AtomicU
 }
 
 fn race(ctx: &Ctx) -> Result<()> {
-    race_at(ctx, ["50", "20", "1"])
+    let counters = ["shared_compressions", "shared_decompressions"];
+    race_at(ctx, ["50", "20", "1"], counters)
 }
 
 /// Sharers that write, read and check, while everything else changes; `caps` are what
-/// `compress_max_percent` goes through, the first one at the start.
-pub fn race_at(ctx: &Ctx, caps: [&str; 3]) -> Result<()> {
-    const PACKED_MIN: u64 = 300;
+/// `compress_max_percent` goes through, the first one at the start. It takes as long as pages need to go
+/// and to come back, as `counters` count them.
+pub fn race_at(ctx: &Ctx, caps: [&str; 3], counters: [&str; 2]) -> Result<()> {
+    const GONE_MIN: u64 = 300;
     const BACK_MIN: u64 = 100;
     let sys = ctx.sys();
     sys.set("compress_max_percent", caps[0])?;
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guests = merged(ctx, &mount, &["a", "b", "c"], RACE_PAGES)?;
     sys.set("run", 1)?;
-    let counted = || -> Result<(u64, u64)> {
-        let sum = |a, b| -> Result<u64> { Ok(sys.get(a)? + sys.get(b)?) };
-        let packed = sum("shared_compressions", "shared_swap_outs")?;
-        Ok((packed, sum("shared_decompressions", "shared_swap_ins")?))
-    };
+    let counted = || -> Result<(u64, u64)> { Ok((sys.get(counters[0])?, sys.get(counters[1])?)) };
     let before = counted()?;
     let (stop, breaks) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut rng = SmallRng::seed_from_u64(ctx.setup.seed);
@@ -697,12 +695,14 @@ pub fn race_at(ctx: &Ctx, caps: [&str; 3]) -> Result<()> {
                 })
             })
             .collect();
-        let disturb = |rng: &mut SmallRng| -> Result<()> {
+        // In turn, so that none is in force for long.
+        let mut next_caps = caps.iter().cycle().skip(1);
+        let mut disturb = |rng: &mut SmallRng| -> Result<()> {
             let vm = guests[rng.random_range(0..guests.len())].sysfs(ctx);
             match rng.random_range(0..16) {
                 0 => force(ctx, "none")?,
                 1 => {
-                    let percent = caps[rng.random_range(0..caps.len())];
+                    let percent = next_caps.next().map_or("", |cap| cap);
                     match sys.try_set("compress_max_percent", percent.as_bytes()) {
                         // What comes back would not fit under some VM's limit.
                         Err(e) if e.raw_os_error() == Some(Errno::ENOMEM as i32) => {}
@@ -730,7 +730,7 @@ pub fn race_at(ctx: &Ctx, caps: [&str; 3]) -> Result<()> {
         let mut done = Ok(());
         while done.is_ok() && !stop.load(Ordering::Relaxed) {
             let now = counted()?;
-            let enough = now.0 - before.0 >= PACKED_MIN && now.1 - before.1 >= BACK_MIN;
+            let enough = now.0 - before.0 >= GONE_MIN && now.1 - before.1 >= BACK_MIN;
             if start.elapsed() >= last || start.elapsed() >= end && enough {
                 break;
             }
@@ -744,10 +744,13 @@ pub fn race_at(ctx: &Ctx, caps: [&str; 3]) -> Result<()> {
         done
     })?;
     let after = counted()?;
-    let (packed, back) = (after.0 - before.0, after.1 - before.1);
-    println!("compressed {packed}, brought back {back}, changed {breaks:?}");
-    within("shared compressions", packed, PACKED_MIN, u64::MAX)?;
-    within("shared decompressions", back, BACK_MIN, u64::MAX)?;
+    let (gone, back) = (after.0 - before.0, after.1 - before.1);
+    println!(
+        "{} {gone}, {} {back}, changed {breaks:?}",
+        counters[0], counters[1]
+    );
+    within(counters[0], gone, GONE_MIN, u64::MAX)?;
+    within(counters[1], back, BACK_MIN, u64::MAX)?;
     force(ctx, "none")?;
     sys.set("run", 0)?;
     // The cap that was set last may still move some.
