@@ -348,13 +348,20 @@ fn prove(setup: &Setup, protection: &Protection) -> Result<Verdict> {
     verdict
 }
 
+/// It takes a while until bytes go wrong that nobody protects. A case ends when it has noticed.
+const LONGER: f64 = 8.0;
+
 fn notices(setup: &Setup, protection: &Protection) -> Result<Verdict> {
     let switch = switch(setup, protection.name);
     if let Err(e) = turn(&switch, true) {
         comment(&format!("{e:#}"));
         return Ok(Verdict::Fail);
     }
-    let seen = run_case(crate::case(protection.case)?, setup);
+    let patient = Setup {
+        scale: setup.scale * LONGER,
+        ..setup.clone()
+    };
+    let seen = run_case(crate::case(protection.case)?, &patient);
     turn(&switch, false)?;
     let seen = seen?;
     if protection.sees.fits(&seen) {
