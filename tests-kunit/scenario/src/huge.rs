@@ -1363,7 +1363,7 @@ fn races(ctx: &Ctx) -> Result<()> {
             threads.push(scope.spawn(move || {
                 let small = across(&guest.file, REGIONS * LARGE)?;
                 let mut round = 0;
-                while running() {
+                while round == 0 || running() {
                     for page in (lane..own).step_by(3) {
                         let map = if round % 2 == 0 { &small } else { &guest.map };
                         eq("a word", map.get(page, lane), round)?;
@@ -1380,7 +1380,7 @@ fn races(ctx: &Ctx) -> Result<()> {
         // Maps parts, protects, moves, and lets go.
         threads.push(scope.spawn(move || {
             let mut round = 0usize;
-            while running() {
+            while round == 0 || running() {
                 let mut map = Map::shared(&guest.file, 0, REGIONS * LARGE * PAGE, RW)?;
                 std::hint::black_box(map.get(round % own, 3));
                 map.protect((round * 7 % (own - 1)) * PAGE, PAGE, R)?;
@@ -1396,7 +1396,7 @@ fn races(ctx: &Ctx) -> Result<()> {
         // Owns the last region: holes of every size, checked at once.
         threads.push(scope.spawn(move || {
             let mut round = 0usize;
-            while running() {
+            while round == 0 || running() {
                 guest.fill(own, own + LARGE, round as u64);
                 let from = round * 37 % LARGE;
                 let pages = match round % 3 {
@@ -1435,7 +1435,6 @@ fn races(ctx: &Ctx) -> Result<()> {
         rounds.push(result?);
     }
     println!("rounds {rounds:?}");
-    that("every thread made a round", rounds.iter().all(|&n| n > 0))?;
     ctx.sys().vm("web").stat()?.check_sum()?;
     drop(guest.map);
     guest.file.set_len(0)?;

@@ -30,6 +30,8 @@ use crate::sys::{self, Map, PAGE, R, RW};
 
 /// Calls between two states of the host.
 const SQUEEZE: u64 = 500;
+/// With fewer calls nothing was tested.
+const CALLS_MIN: u64 = 100;
 /// Calls between two looks at everything.
 const LOOK: u64 = 200;
 /// Calls that a failure shows.
@@ -219,12 +221,13 @@ impl<'a> Bench<'a> {
             .collect()
     }
 
-    /// Makes calls until `end`; returns how many. With a crowd, the host's knobs are another's.
+    /// Makes calls until `end`, and [`CALLS_MIN`] at least; returns how many. With a crowd, the host's
+    /// knobs are another's.
     pub fn run(&mut self, seed: u64, end: Instant, crowd: Option<&Crowd>) -> Result<u64> {
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut last: VecDeque<(u64, Op)> = VecDeque::new();
         let mut count = 0u64;
-        while Instant::now() < end {
+        while count < CALLS_MIN || Instant::now() < end {
             if self.ctx.is_thinram() && crowd.is_none() && count % SQUEEZE == 0 {
                 // Underneath, pages are compressed, not, put together, split.
                 let states = ["none", "hard", "high", "clear"];

@@ -15,7 +15,7 @@ use nix::fcntl::copy_file_range;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use crate::check::{bytes_are, eq, within};
+use crate::check::{bytes_are, eq};
 use crate::ctx::Ctx;
 use crate::sys::{self, Map, PAGE, R, RW};
 
@@ -23,6 +23,8 @@ use crate::sys::{self, Map, PAGE, R, RW};
 const MOST: usize = 256 << 10;
 /// Longest operation.
 const LONGEST: usize = 64 << 10;
+/// With fewer operations nothing was tested.
+const OPERATIONS_MIN: u64 = 100;
 
 #[derive(Debug)]
 enum Op {
@@ -279,7 +281,7 @@ pub fn fsx(ctx: &Ctx) -> Result<()> {
     let end = Instant::now() + ctx.span(8.0);
     let (mut count, mut polluted) = (0u64, false);
     let mut last = std::collections::VecDeque::new();
-    while Instant::now() < end {
+    while count < OPERATIONS_MIN || Instant::now() < end {
         // tmpfs shows what was written beyond the end when the file grows.
         let op = draw(&mut rng, fsx.good.len(), ctx.is_thinram());
         let before = fsx.good.len();
@@ -301,5 +303,5 @@ pub fn fsx(ctx: &Ctx) -> Result<()> {
         count += 1;
     }
     println!("{count} operations, seed {seed}");
-    within("operations", count, 100, u64::MAX)
+    Ok(())
 }
