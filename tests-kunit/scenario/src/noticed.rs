@@ -48,7 +48,7 @@ fn strangers(ctx: &Ctx, pages: usize) -> Result<(Mount<'_>, Guest, Guest)> {
 fn few_passes(ctx: &Ctx) -> Result<()> {
     let sys = ctx.sys();
     let before = sys.get("full_scans")?;
-    sys.set("scan_pages_per_sec", 4_000)?;
+    sys.set("scan_pages_per_sec", 1_000)?;
     sys.flat_out_but_pages()?;
     ctx.passes(SOON)?;
     sys.set("run", 0)?;
