@@ -176,7 +176,7 @@ impl Ctx {
     /// Waits until the last VM is gone.
     pub fn until_no_vm(&self) -> Result<()> {
         let sys = self.sys();
-        self.until("no VM", 5.0, || {
+        self.until("no VM", 60.0, || {
             let left = sys.vms()?;
             Ok((left.is_empty(), format!("{left:?}")))
         })
@@ -332,10 +332,13 @@ impl Drop for Mount<'_> {
             return;
         }
         // What still uses it may be on its way out (a killed child, a kernel thread).
-        for _ in 0..100 {
+        let start = Instant::now();
+        loop {
             match umount(&self.path) {
                 Ok(()) => return,
-                Err(Errno::EBUSY) => std::thread::sleep(Duration::from_millis(20)),
+                Err(Errno::EBUSY) if start.elapsed() < self.ctx.limit(10.0) => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
                 Err(e) => {
                     eprintln!("umount {}: {e}", self.path.display());
                     break;

@@ -119,6 +119,9 @@ pub enum Verdict {
     Fail,
 }
 
+/// What a case leaves behind is on its way out for less than this, on any machine.
+const LEAVING: Duration = Duration::from_secs(60);
+
 /// What the last line of a child says why it skipped.
 const SKIP_MARK: &str = "SKIP: ";
 
@@ -293,7 +296,7 @@ fn watch(
 
 fn wait_killed(child: &mut Child) -> Result<Option<ExitStatus>> {
     let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(10) {
+    while start.elapsed() < LEAVING {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
         }
@@ -324,7 +327,7 @@ fn reap_orphans() -> Vec<String> {
     let start = Instant::now();
     loop {
         match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::StillAlive) if start.elapsed() < Duration::from_secs(5) => {
+            Ok(WaitStatus::StillAlive) if start.elapsed() < LEAVING => {
                 std::thread::sleep(Duration::from_millis(5));
             }
             Ok(WaitStatus::StillAlive) => {
@@ -348,12 +351,14 @@ fn take_down(dir: &Path) -> Result<Vec<String>> {
         .collect();
     points.reverse();
     for point in points {
-        let gone = (0..100).any(|_| {
-            umount(&point).is_ok() || {
-                std::thread::sleep(Duration::from_millis(20));
-                false
+        let start = Instant::now();
+        let gone = loop {
+            match umount(&point) {
+                Ok(()) => break true,
+                Err(_) if start.elapsed() > LEAVING => break false,
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
             }
-        });
+        };
         if !gone {
             problems.push(format!("{} stays busy, detached", point.display()));
             umount2(&point, MntFlags::MNT_DETACH)
@@ -369,7 +374,7 @@ fn leftovers(sys: &Sys) -> Vec<String> {
     loop {
         match sys.vms() {
             Ok(left) if left.is_empty() => return Vec::new(),
-            Ok(_) if start.elapsed() < Duration::from_secs(5) => {
+            Ok(_) if start.elapsed() < LEAVING => {
                 std::thread::sleep(Duration::from_millis(20));
             }
             Ok(left) => return vec![format!("VMs outlive their mount: {left:?}")],

@@ -7,6 +7,8 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
@@ -151,6 +153,14 @@ fn meminfo(ctx: &Ctx) -> Result<()> {
     let value = |text: &str, name: &str| {
         find_kb(text, name).with_context(|| format!("/proc/meminfo has no {name}"))
     };
+    // What earlier cases freed comes in first.
+    let mut free_kb = 0;
+    ctx.until("MemFree to stand still", 20.0, || {
+        thread::sleep(Duration::from_millis(200));
+        let now = value(&look()?, "MemFree")?;
+        let by = now.abs_diff(std::mem::replace(&mut free_kb, now));
+        Ok((by < 512, format!("{by} KiB of change")))
+    })?;
     let before = look()?;
     let map = Map::shared(&file, 0, pages * PAGE, RW)?;
     for page in 0..pages {

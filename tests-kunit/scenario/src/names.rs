@@ -724,7 +724,7 @@ fn as_user(id: u32, f: impl FnOnce() -> Result<()>) -> Result<()> {
         nix::unistd::setuid(Uid::from_raw(id))?;
         f()
     })?;
-    child.expect_ok(std::time::Duration::from_secs(20))
+    child.expect_ok(std::time::Duration::from_secs(120))
 }
 
 fn unprivileged(ctx: &Ctx) -> Result<()> {

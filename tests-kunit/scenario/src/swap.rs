@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
@@ -207,11 +207,9 @@ impl Drop for Disk<'_> {
         if self.ctx.sys().set("swap_dir", "\n").is_err() {
             return;
         }
-        for _ in 0..200 {
-            match umount(&self.path) {
-                Err(Errno::EBUSY) => thread::sleep(Duration::from_millis(20)),
-                _ => return,
-            }
+        let start = Instant::now();
+        while umount(&self.path) == Err(Errno::EBUSY) && start.elapsed() < self.ctx.limit(10.0) {
+            thread::sleep(Duration::from_millis(20));
         }
     }
 }
