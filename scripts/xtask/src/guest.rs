@@ -281,9 +281,9 @@ impl Guest {
     /// Sends one QMP command; what it returns.
     pub fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
         if self.control.is_none() {
-            self.wait("QMP socket", Duration::from_secs(60), |g| g.qmp.exists())?;
+            self.wait("QMP socket", Duration::from_secs(300), |g| g.qmp.exists())?;
             let stream = UnixStream::connect(&self.qmp).context("QMP socket")?;
-            stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+            stream.set_read_timeout(Some(Duration::from_secs(300)))?;
             let mut control = BufReader::new(stream);
             control.read_line(&mut String::new())?;
             self.control = Some(control);

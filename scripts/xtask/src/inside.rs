@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 pub const MOUNT: &str = "/run/thinram";
 const SYS: &str = "/sys/fs/thinram";
 /// Long enough for a nested guest to boot under emulation beside others.
-pub const BOOT: Duration = Duration::from_secs(240);
+pub const BOOT: Duration = Duration::from_secs(600);
 /// Long enough for one pass of a load, or for an answer.
-pub const SOON: Duration = Duration::from_secs(120);
+pub const SOON: Duration = Duration::from_secs(400);
 
 /// How often what goes in rounds goes round in `make test`.
 pub const ROUNDS: u64 = 2;
@@ -98,7 +98,7 @@ impl Drop for Mount {
         let start = Instant::now();
         // A killed QEMU lets go of its files a moment after it was waited for.
         while sh(Command::new("umount").arg(&self.path)).is_err() {
-            if start.elapsed() > Duration::from_secs(20) {
+            if start.elapsed() > Duration::from_secs(60) {
                 eprintln!("# {} is still busy", self.path.display());
                 return;
             }

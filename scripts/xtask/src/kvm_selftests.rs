@@ -25,7 +25,7 @@ const TESTS: &[(&str, &str)] = &[
 ];
 
 /// More than any of them needs.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(900);
 
 fn programs() -> PathBuf {
     cache("kvm-selftests")
