@@ -160,12 +160,12 @@ fn uml(k: &Kernel) -> Vec<Suite> {
         Ok(tests)
     });
     let scenarios = Suite::run(Kind::Scenario, "UML, native speed: scenarios", || {
-        let script = "/src/scripts/vm/process --patience 4";
+        let script = "/src/scripts/vm/process --patience 2";
         Ok(vm::execute(k, &job("uml-scenarios", Place::Uml, script))?.tests())
     });
     let harness = Suite::run(Kind::Scenario, "UML: the harness notices", || {
         let scenario = "/src/target/sysroot/release/thinram-scenario";
-        let script = &format!("{scenario} selftest --patience 4 --mount /run/thinram");
+        let script = &format!("{scenario} selftest --patience 2 --mount /run/thinram");
         Ok(vm::execute(k, &job("selftest", Place::Uml, script))?.tests())
     });
     let proofs = Suite::run(Kind::Scenario, "UML: each protection is missed", || {
@@ -181,8 +181,8 @@ fn proofs(k: &Kernel) -> Result<Vec<Test>> {
     let scenario = "/src/target/sysroot/release/thinram-scenario";
     // The cases of a debug build come first: one of them needs an index that has not grown yet.
     let script = format!(
-        "sh -c '{scenario} run --filter debug/ --patience 4 --mount /run/thinram; \
-         {scenario} prove --patience 4 --mount /run/thinram --disk /run/disk --scratch /dev/ubdb'"
+        "sh -c '{scenario} run --filter debug/ --patience 2 --mount /run/thinram; \
+         {scenario} prove --patience 2 --mount /run/thinram --disk /run/disk --scratch /dev/ubdb'"
     );
     prove(k, job("proofs", Place::UmlDebug, &script))
 }
