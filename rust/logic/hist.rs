@@ -4,7 +4,7 @@
 //!
 //! Bucket 0 holds 0 us, bucket `b` holds 2^(b-1) to 2^b - 1 us, the last one all from 4.2 s on.
 
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use super::sync::{AtomicU64, Ordering::Relaxed};
 
 /// Number of buckets.
 pub const BUCKETS: usize = 24;
@@ -117,9 +117,9 @@ pub struct AtomicHist {
 
 impl AtomicHist {
     /// No events.
-    pub const fn new() -> Self {
+    pub fn new() -> Self {
         AtomicHist {
-            buckets: [const { AtomicU64::new(0) }; BUCKETS],
+            buckets: core::array::from_fn(|_| AtomicU64::new(0)),
             max: AtomicU64::new(0),
             sum: AtomicU64::new(0),
         }

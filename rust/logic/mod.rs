@@ -13,6 +13,7 @@ mod words;
 
 pub mod batch;
 pub mod catalog;
+pub mod cell;
 pub mod clusters;
 pub mod counts;
 pub mod funding;
@@ -23,8 +24,11 @@ pub mod records;
 pub mod sample;
 pub mod slot;
 pub mod state;
+mod sync;
 pub mod tunables;
 
+#[cfg(all(test, loom))]
+mod loom_tests;
 #[cfg(test)]
 mod machine_tests;
 #[cfg(test)]

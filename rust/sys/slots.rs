@@ -13,11 +13,11 @@ use super::{
     zs::{Corrupt, NoRoom, Object, Scratch, Store},
 };
 use crate::logic::{
+    cell::SlotCell,
     clusters::Place,
     huge::HugeWord,
     slot::{Slot, State},
 };
-use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::{alloc::AllocError, prelude::*, sync::Arc};
 
 /// Pages in a region of 2 MiB.
@@ -67,7 +67,7 @@ pub(crate) struct SlotKey(());
 
 /// The words. They may be read, and their stable bit cleared, by anybody at any time.
 pub(crate) struct SlotWords {
-    words: KBox<[AtomicU64; SLOTS]>,
+    words: KBox<[SlotCell; SLOTS]>,
     /// Where the Compressed ones are.
     store: Arc<Store>,
 }
@@ -78,7 +78,7 @@ impl SlotWords {
         if inject::fails(Point::Slots) {
             return Err(ENOMEM);
         }
-        // SAFETY: Atomic integers; zero is an empty slot.
+        // SAFETY: Each cell is an atomic integer; zero is an empty slot.
         let words = unsafe { super::frames::zeroed_box()? };
         Ok((SlotWords { words, store }, SlotKey(())))
     }
@@ -86,11 +86,7 @@ impl SlotWords {
     /// The word as it is just now.
     #[inline]
     pub(crate) fn peek(&self, index: usize) -> Slot {
-        Slot::from_word(
-            self.words
-                .get(index)
-                .map_or(0, |w| w.load(Ordering::Relaxed)),
-        )
+        self.words.get(index).map_or(Slot::EMPTY, SlotCell::peek)
     }
 
     /// Forgets that the page is unchanged, so that the next pass hashes it. True when it was set.
@@ -98,30 +94,21 @@ impl SlotWords {
         if !protect::armed(protect::Protection::NoteChange) {
             return false;
         }
-        self.words.get(index).is_some_and(|w| {
-            w.fetch_and(Slot::NOT_STABLE, Ordering::Relaxed) & Slot::STABLE_BIT != 0
-        })
+        self.words.get(index).is_some_and(SlotCell::forget_stable)
     }
 
-    /// Changes what is known of a slot that is still exactly `old`, without the key; what it owns
-    /// stays.
+    /// [`SlotCell::try_note`]
     pub(crate) fn try_note(&self, index: usize, old: Slot, new: Slot) {
-        if let Some(word) = self.words.get(index).filter(|_| old.owns_the_same(new)) {
-            let relaxed = Ordering::Relaxed;
-            // Whoever came first knows better.
-            let _ = word.compare_exchange(old.word(), new.word(), relaxed, relaxed);
+        if let Some(word) = self.words.get(index) {
+            word.try_note(old, new);
         }
     }
 
-    /// Changes tag, class, back-off or stable bit; a slot of another state or payload is left alone.
+    /// [`SlotCell::note`]
     #[inline]
     pub(crate) fn note(&self, _key: &mut SlotKey, index: usize, slot: Slot) {
-        let Some(word) = self.words.get(index) else {
-            return;
-        };
-        let old = Slot::from_word(word.load(Ordering::Relaxed));
-        if old.owns_the_same(slot) {
-            word.store(slot.word(), Ordering::Relaxed);
+        if let Some(word) = self.words.get(index) {
+            word.note(slot);
         }
     }
 
@@ -146,10 +133,10 @@ impl SlotWords {
             Content::Huge(word) => word.slot(),
         };
         let word_now = match slot.state() {
-            State::Huge => slot.word(),
-            _ => slot.with_backoff(backoff).word(),
+            State::Huge => slot,
+            _ => slot.with_backoff(backoff),
         };
-        let old = Slot::from_word(word.swap(word_now, Ordering::Relaxed));
+        let old = word.swap(word_now);
         match old.state() {
             State::Empty => Content::Empty,
             State::Zero => Content::Zero,
@@ -178,12 +165,12 @@ impl SlotWords {
         max_pages: u64,
     ) -> Result<Frame, NoRoom> {
         let word = self.words.get(index).ok_or(NoRoom::Memory)?;
-        let slot = Slot::from_word(word.load(Ordering::Relaxed));
+        let slot = word.peek();
         if slot.state() != State::Private {
             return Err(NoRoom::Memory);
         }
         let object = self.store.put(bytes, node, max_pages)?;
-        word.store(object.into_slot().word(), Ordering::Relaxed);
+        word.swap(object.into_slot());
         // SAFETY: The word owned this frame number's reference, and no longer stands anywhere.
         Ok(unsafe { Frame::from_pfn(slot.payload()) })
     }
@@ -212,12 +199,12 @@ impl SlotWords {
         node: i32,
     ) -> Result<Place, NoRoom> {
         let word = self.words.get(index).ok_or(NoRoom::Memory)?;
-        let slot = Slot::from_word(word.load(Ordering::Relaxed));
+        let slot = word.peek();
         if slot.state() != State::Swapped {
             return Err(NoRoom::Memory);
         }
         let object = self.store.put(bytes, node, u64::MAX)?;
-        word.store(object.into_slot().word(), Ordering::Relaxed);
+        word.swap(object.into_slot());
         Ok(slot.place())
     }
 

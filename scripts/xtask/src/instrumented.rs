@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The host's tests once more, built with what the compiler can add: a sanitizer, or counters of
-//! which lines ran.
+//! The host's tests once more, built with what the compiler can add: a sanitizer, loom's atomics, or
+//! counters of which lines ran.
 
 use crate::env::{read, target, write};
 use crate::ktap::{Outcome, Test};
@@ -31,7 +31,6 @@ const USE_AFTER_FREE: &str = "fn main() {
 /// The unit tests of the logic and of thinramctl under the address sanitizer.
 ///
 /// Debian's compiler knows it, and LLVM's package has the library for it, of the same version.
-/// loom's tests switch stacks by themselves, which it takes for an error.
 pub fn address_sanitizer() -> Result<Vec<Test>> {
     say("unit tests under the address sanitizer");
     let runtime = setup::unpacked("libclang-rt-19-dev")?.join("usr/lib/llvm-19/lib/clang/19");
@@ -51,21 +50,38 @@ pub fn address_sanitizer() -> Result<Vec<Test>> {
         // Else build scripts and macros would be built with it as well.
         .args(["--target", "x86_64-unknown-linux-gnu"])
         .args(["--package", "thinram-logic", "--package", "thinramctl"])
-        .args(["--", "--skip", "loom_tests"])
         .env("RUSTC_BOOTSTRAP", "1")
         .env("RUSTFLAGS", flags.join(" "))
         .env("CARGO_TARGET_DIR", &dir)
         .env("PROPTEST_CASES", CASES);
-    let ended = run(&log, &mut cargo);
-    let found = unit_tests(&read(&log)?, &log);
-    ensure!(!found.is_empty(), "no test ran, see {}", log.display());
-    let failed = found.iter().any(|t| matches!(t.outcome, Outcome::Fail(_)));
-    tests.extend(found);
-    // What it notices ends the whole program, with no verdict on the test.
+    tests.extend(verdicts("address sanitizer", &log, &mut cargo)?);
+    Ok(tests)
+}
+
+/// Runs tests; none at all is an error.
+fn verdicts(what: &str, log: &Path, cargo: &mut Command) -> Result<Vec<Test>> {
+    let ended = run(log, cargo);
+    let mut tests = unit_tests(&read(log)?, log);
+    ensure!(!tests.is_empty(), "no test ran, see {}", log.display());
+    let failed = tests.iter().any(|t| matches!(t.outcome, Outcome::Fail(_)));
+    // What ends the whole program leaves no verdict on the test.
     if let (Err(e), false) = (ended, failed) {
-        tests.push(Test::fail("address sanitizer", format!("{e:#}")));
+        tests.push(Test::fail(what, format!("{e:#}")));
     }
     Ok(tests)
+}
+
+/// The models of the lock-free parts of the logic, in a build of their own: its atomics are loom's,
+/// which tries every order in which threads can come by them.
+pub fn loom() -> Result<Vec<Test>> {
+    say("unit tests, loom");
+    let mut cargo = tied("cargo");
+    cargo
+        .args(["test", "--no-fail-fast", "--lib"])
+        .args(["--package", "thinram-logic", "--", "loom_tests"])
+        .env("RUSTFLAGS", "--cfg=loom")
+        .env("CARGO_TARGET_DIR", target("loom"));
+    verdicts("loom", &target("loom.log"), &mut cargo)
 }
 
 /// A program that reads what it has freed must be stopped.

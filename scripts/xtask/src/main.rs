@@ -54,6 +54,8 @@ enum Task {
     Test,
     /// The unit tests under the address sanitizer
     Sanitizer,
+    /// The models of what is lock-free, in every order of their threads
+    Loom,
     /// Which lines the host's tests run; target/coverage/table.txt
     Coverage,
     /// Three KVM guests share memory on the stock kernel; target/demo/report.json
@@ -178,12 +180,10 @@ fn work(task: Task) -> Result<ExitCode> {
         }
         Task::Test => return Ok(report::show(&suites::all(&kernel))),
         Task::Sanitizer => {
-            return Ok(report::show(&[report::Suite::run(
-                report::Kind::Host,
-                "unit tests, address sanitizer",
-                instrumented::address_sanitizer,
-            )]))
+            let name = "unit tests, address sanitizer";
+            return Ok(alone(name, instrumented::address_sanitizer));
         }
+        Task::Loom => return Ok(alone("unit tests, loom", instrumented::loom)),
         Task::Coverage => instrumented::coverage()?,
         Task::Bench => return bench_host(&kernel),
         Task::Demo => return demo_host(&kernel),
@@ -238,6 +238,11 @@ fn work(task: Task) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// One suite of the host's, by itself.
+fn alone(name: &str, work: fn() -> Result<Vec<ktap::Test>>) -> ExitCode {
+    report::show(&[report::Suite::run(report::Kind::Host, name, work)])
 }
 
 /// The demo as seen from outside: everything is made ready, then the host boots.

@@ -23,6 +23,7 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
             "unit tests, address sanitizer",
             instrumented::address_sanitizer,
         ),
+        Suite::run(Kind::Host, "unit tests, loom", instrumented::loom),
         Suite::run(Kind::Host, "check", || check::all(k)),
     ];
     let module = Suite::run(Kind::Host, "module for the stock kernel", || {
