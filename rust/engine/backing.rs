@@ -228,7 +228,7 @@ impl Backing {
             yield_at(number as u64);
         }
         if self.host.registry().live() == 0 {
-            self.host.index().reset_if_unused();
+            self.host.index().reset_if_unused(self.host.registry());
         }
         if self.vm.counts().pages.remove_empty(pages).is_err() {
             kernel::pr_err_once!("thinram: a file ended with pages that are not empty\n");

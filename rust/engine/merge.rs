@@ -70,7 +70,7 @@ pub(crate) struct Room<'a> {
 pub(crate) enum Outcome {
     /// The slot is Shared or Zero now.
     Merged,
-    /// Nothing has the same content; the page was left as a hint.
+    /// Nothing has the same content. Of [`try_merge`]: a hint is to be left for who comes next.
     Unique,
     /// There may be an equal page, but not now: try again next pass.
     NotNow,
@@ -107,17 +107,17 @@ pub(crate) fn has_equal(host: &Host, key: Key, own: u32, rules: Rules) -> bool {
             .any(|candidate| !matches!(candidate, Candidate::Page(id) if id == own))
 }
 
-/// Leaves a hint for the next page that comes with the content of `own`.
-pub(crate) fn leave_hint(host: &Host, key: Key, own: u32) -> Outcome {
-    if host.index().hint(key.hash, own, host.registry()) {
-        Outcome::Unique
-    } else {
+/// Leaves a hint for the next page that comes with the content of `own`, whose slot says so already.
+/// False when there is no place for it.
+pub(crate) fn leave_hint(host: &Host, key: Key, own: u32) -> bool {
+    let placed = host.index().hint(key.hash, own, host.registry());
+    if !placed {
         count(&host.refusals.no_hint);
-        Outcome::NotNow
     }
+    placed
 }
 
-/// Looks for an equal page and merges with it, or leaves a hint for the next one that comes.
+/// Looks for an equal page and merges with it.
 pub(crate) fn try_merge(
     host: &Host,
     guard: &mut RegionGuard<'_>,
@@ -146,9 +146,10 @@ pub(crate) fn try_merge(
         }
     }
     if not_now {
-        return Outcome::NotNow;
+        Outcome::NotNow
+    } else {
+        Outcome::Unique
     }
-    leave_hint(host, key, own)
 }
 
 /// Joins a record that is there already. One that is compressed stays so, until a sharer asks for it.
@@ -278,7 +279,7 @@ fn pair(
     spare: &mut Option<Frame>,
 ) -> Outcome {
     let Some((other_region, other)) = host.registry().page(other_id) else {
-        host.index().unhint(key.hash, other_id);
+        (host.index()).unhint_if_stale(key.hash, other_id, host.registry());
         return Outcome::Unique;
     };
     let is_hinted = |slot: crate::logic::slot::Slot| {
@@ -287,9 +288,8 @@ fn pair(
             && slot.tag() == key.hash as u16
     };
     let vm = other_region.vm();
-    let seen = other_region.peek(other);
-    if !is_hinted(seen) {
-        host.index().unhint_if_stale(key.hash, other_id, seen);
+    if !is_hinted(other_region.peek(other)) {
+        (host.index()).unhint_if_stale(key.hash, other_id, host.registry());
         return Outcome::Unique;
     }
     // The hint stays: it may be of another content whose hash has the same tag.

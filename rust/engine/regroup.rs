@@ -345,9 +345,23 @@ fn rename_records(host: &Host, groups: &[Group]) {
         });
 }
 
+impl Host {
+    /// `zero_only`: whether only zero pages are merged.
+    pub(crate) fn set_zero_only(&self, zero_only: bool) {
+        let mut policy = self.policy();
+        // Pages that were hashed meanwhile left no hints.
+        if core::mem::replace(&mut policy.zero_only, zero_only) && !zero_only {
+            forget_looks(self, &[]);
+        }
+        drop(policy);
+        self.scanner_bell.ring();
+    }
+}
+
 /// What the scanner noted about private pages was under other hashes: it looks at them anew.
 ///
-/// All hints are gone, so this is for every VM's pages; only the changed VMs' tags are void too.
+/// Hints are gone or were not left, so this is for every VM's pages; only the changed VMs' tags are void
+/// too.
 fn forget_looks(host: &Host, changed: &[u32]) {
     for id in 0..host.registry().end() {
         let Some(region) = host.registry().get(id) else {

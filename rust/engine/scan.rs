@@ -26,6 +26,7 @@ use super::{
 use crate::{
     logic::{
         batch::{run_length, Batch},
+        hints,
         huge::HugeWord,
         pace::{Limits, Pacer},
         slot::{Class, Slot, State},
@@ -463,14 +464,14 @@ impl Walk {
             return Some(found);
         }
         if visit.zero_only {
-            found.note(guard, Outcome::Unique);
+            found.note(guard, found.trusted);
             return None;
         }
         let own = guard.region().page_id(index);
         if merge::has_equal(host, key, own, visit.rules) {
             return Some(found);
         }
-        found.note(guard, merge::leave_hint(host, key, own));
+        found.settle(host, guard, key);
         None
     }
 
@@ -515,7 +516,7 @@ impl Walk {
         let index = found.index;
         if found.hash == visit.zero_hash {
             if merge::try_zero(host, guard, index) != Outcome::Merged {
-                found.note(guard, Outcome::NotNow);
+                found.note(guard, false);
             }
             return;
         }
@@ -524,13 +525,15 @@ impl Walk {
             spare: &mut spare,
             scratch: &mut self.scratch,
         };
-        let outcome =
-            merge::try_merge(host, guard, index, visit.key(found.hash), visit.rules, room);
+        let key = visit.key(found.hash);
+        let outcome = merge::try_merge(host, guard, index, key, visit.rules, room);
         if let Some(place) = self.spares.iter_mut().find(|place| place.is_none()) {
             *place = spare;
         }
-        if outcome != Outcome::Merged {
-            found.note(guard, outcome);
+        match outcome {
+            Outcome::Merged => {}
+            Outcome::Unique => found.settle(host, guard, key),
+            Outcome::NotNow => found.note(guard, false),
         }
     }
 }
@@ -545,16 +548,26 @@ impl Visit {
 }
 
 impl Found {
-    /// Notes what a page is that was not merged.
-    fn note(&self, guard: &mut RegionGuard<'_>, outcome: Outcome) {
-        let stable = self.trusted && outcome == Outcome::Unique;
-        guard.note(
-            self.index,
-            self.slot
-                .looked_at(Class::Unshared, self.hash)
-                .with_backoff(self.slot.backoff().saturating_sub(1))
-                .with_stable(stable),
-        );
+    /// What a page is that was not merged.
+    fn looked_at(&self, stable: bool) -> Slot {
+        self.slot
+            .looked_at(Class::Unshared, self.hash)
+            .with_backoff(self.slot.backoff().saturating_sub(1))
+            .with_stable(stable)
+    }
+
+    /// Notes that.
+    fn note(&self, guard: &mut RegionGuard<'_>, stable: bool) {
+        guard.note(self.index, self.looked_at(stable));
+    }
+
+    /// Notes that, and leaves a hint for the next page that comes with the same content.
+    fn settle(&self, host: &Host, guard: &mut RegionGuard<'_>, key: Key) {
+        let own = guard.region().page_id(self.index);
+        let note = |slot| guard.note(self.index, slot);
+        hints::settle(self.looked_at(self.trusted), note, || {
+            merge::leave_hint(host, key, own)
+        });
     }
 }
 

@@ -20,10 +20,11 @@ use super::{
 };
 use crate::{
     logic::{
-        catalog::{Catalog, Entry, GroupPage, HintOutcome, StableOutcome, GROW_PERCENT},
+        catalog::{Catalog, Entry, GroupPage, StableOutcome, GROW_PERCENT},
         clusters::Place,
+        hints::{self, Pages},
         huge::HugeWord,
-        slot::{Class, Slot, State},
+        slot::Slot,
     },
     sys::{
         frames::{self, AfterDrop, Boxes, FrameRecords, Held, NotPacked, NotUnpacked, Owned},
@@ -591,39 +592,22 @@ impl SharedIndex {
         }
     }
 
-    /// Leaves a hint. False when there was no place for it.
+    /// Leaves a hint; its page's slot says so already ([`hints::settle`]). False when there was no
+    /// place for it.
     pub(crate) fn hint(&self, hash: u64, page_id: u32, registry: &Registry) -> bool {
         let mut inner = self.lock();
-        if inner.has_stale {
-            inner
-                .catalog
-                .purge(hash, &mut |entry| owner_bits(registry, entry));
-        }
-        let outcome = inner.catalog.insert_hint(hash, page_id);
+        let purge = inner.has_stale;
+        let left = hints::leave(&mut inner.catalog, (hash, page_id), purge, registry);
         drop(inner);
-        match outcome {
-            HintOutcome::Placed | HintOutcome::Replaced(_) => true,
-            HintOutcome::Evicted(owner) => {
-                forget_owner(registry, owner);
-                true
-            }
-            HintOutcome::Refused => false,
+        if let Some(owner) = left.evicted {
+            forget_owner(registry, owner);
         }
+        left.placed
     }
 
-    /// Takes back a hint whose page has other content now, or none of its own (`slot`). One that may be
-    /// of another hash with the same tag stays: its page relies on it.
-    pub(crate) fn unhint_if_stale(&self, hash: u64, page_id: u32, slot: Slot) {
-        let mut inner = self.lock();
-        let told = tag_of(slot).is_some_and(|tag| inner.catalog.can_be_under(hash, tag));
-        if !told {
-            inner.catalog.remove(hash, Entry::Hint(page_id));
-        }
-    }
-
-    /// Takes a hint back, as far as the known bits of its hash find it.
-    pub(crate) fn unhint(&self, hash: u64, page_id: u32) {
-        self.lock().catalog.remove(hash, Entry::Hint(page_id));
+    /// Takes back a hint whose page has other content now, none of its own, or is gone.
+    pub(crate) fn unhint_if_stale(&self, hash: u64, page_id: u32, registry: &Registry) {
+        hints::take_back(&mut self.lock().catalog, (hash, page_id), registry);
     }
 
     /// The scanner has been over everything once.
@@ -666,14 +650,13 @@ impl SharedIndex {
                 let page = frames::group_page()?;
                 self.lock().catalog.store_mut().push(page)?;
             } else if wants_growth {
-                let owner_bits = |entry: Entry| owner_bits(registry, entry);
                 let mut inner = self.lock();
                 let Inner {
                     catalog, records, ..
                 } = &mut *inner;
                 let grew = catalog.grow_step(&mut |entry| match entry {
                     Entry::Stable(id) => records.held(id).map(|held| held.label().hash as u16),
-                    hint => owner_bits(hint),
+                    hint => hints::bits_of_entry(registry, hint),
                 });
                 while let Some(displaced) = catalog.pop_displaced() {
                     // A record without an entry still works; only newcomers cannot find it.
@@ -690,10 +673,12 @@ impl SharedIndex {
         }
     }
 
-    /// Gives the memory of the tables back if no frame is shared: for when the last guest has gone.
-    pub(crate) fn reset_if_unused(&self) {
+    /// Gives the memory of the tables back if no frame is shared and no hint is needed: for when the
+    /// last guest has gone.
+    pub(crate) fn reset_if_unused(&self, registry: &Registry) {
         let mut inner = self.lock();
-        if inner.records.table().is_empty() {
+        // A region that comes later leaves its hints later, too.
+        if registry.live() == 0 && inner.records.table().is_empty() {
             let old = core::mem::replace(&mut *inner, Inner::new());
             drop(inner);
             drop(old);
@@ -764,20 +749,9 @@ fn forget_owner(registry: &Registry, page_id: u32) {
     }
 }
 
-/// The low bits of the hash that a hint's page had when it was looked at; `None` if it has changed.
-fn owner_bits(registry: &Registry, entry: Entry) -> Option<u16> {
-    let Entry::Hint(page_id) = entry else {
-        return None;
-    };
-    let (region, index) = registry.page(page_id)?;
-    tag_of(region.peek(index))
-}
-
-/// The low bits of the hash that a page left its hint under, as long as it may have one.
-fn tag_of(slot: Slot) -> Option<u16> {
-    match slot.state() {
-        State::Private if slot.class() == Class::Unshared => Some(slot.tag()),
-        State::Huge => HugeWord::from_slot(slot)?.tag(),
-        _ => None,
+impl Pages for Registry {
+    fn peek(&self, page_id: u32) -> Option<Slot> {
+        let (region, index) = self.page(page_id)?;
+        Some(region.peek(index))
     }
 }

@@ -412,8 +412,13 @@ fn split_and_merge(host: &Host, region: &Region, supply: &mut Supply) -> bool {
                         scratch: &mut scratch,
                     };
                     let outcome = merge::try_merge(host, &mut guard, index, key, rules, room);
-                    if outcome == merge::Outcome::Merged {
-                        count(&host.splits.gained);
+                    match outcome {
+                        merge::Outcome::Merged => count(&host.splits.gained),
+                        // The next pass looks at it again, with or without.
+                        merge::Outcome::Unique => {
+                            let _ = merge::leave_hint(host, key, region.page_id(index));
+                        }
+                        merge::Outcome::NotNow => {}
                     }
                 }
             }

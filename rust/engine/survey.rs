@@ -16,6 +16,7 @@ use super::{
     vm::Scope,
 };
 use crate::logic::{
+    hints,
     huge::{HugeWord, PartClass},
     slot::{Class, State},
 };
@@ -51,28 +52,28 @@ pub(crate) fn note(
     let Some(word) = HugeWord::from_slot(guard.slot(index)) else {
         return;
     };
-    // Without a hint others do not find it: it is hashed again.
-    let mut settled = true;
-    let class = if zero {
-        PartClass::Zero
+    let looked_at = |class, stable| {
+        let word = word.looked_at(class, key.hash);
+        word.with_stable(stable).slot()
+    };
+    if zero {
+        guard.note(index, looked_at(PartClass::Zero, stable));
     } else if word.changed_to(key.hash) {
         // It may change again: it counts once it was seen twice.
-        settled = false;
-        PartClass::Unique
+        guard.note(index, looked_at(PartClass::Unique, false));
     } else if has_equal(host, guard, index, key) {
-        PartClass::Duplicate
+        guard.note(index, looked_at(PartClass::Duplicate, stable));
     } else {
         let own = guard.region().page_id(index);
-        settled = host.index().hint(key.hash, own, host.registry());
-        if !settled {
+        let note = |slot| guard.note(index, slot);
+        let placed = hints::settle(looked_at(PartClass::Unique, stable), note, || {
+            host.index().hint(key.hash, own, host.registry())
+        });
+        // Others do not find it: it is hashed again.
+        if !placed {
             count(&host.refusals.no_hint);
         }
-        PartClass::Unique
-    };
-    let looked_at = word
-        .looked_at(class, key.hash)
-        .with_stable(stable && settled);
-    guard.note(index, looked_at.slot());
+    }
 }
 
 /// Whether some other page has the content. If that is a part of a folio too, it gets to know.

@@ -130,8 +130,7 @@ files! {
     "zero_only": |h, page| line(page, u8::from(h.0.policy().zero_only)),
         |h, bytes| {
             let value = knob("zero_only", bytes)?;
-            h.0.policy().zero_only = value != 0;
-            h.0.scanner_bell.ring();
+            h.0.set_zero_only(value != 0);
             Ok(())
         };
     "minfree_kb": |h, page| line(page, h.0.pressure.minfree_kb()),

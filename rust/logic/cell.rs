@@ -44,6 +44,9 @@ impl SlotCell {
 
     /// Changes tag, class, back-off or stable bit, with the lock held; a word of another state or
     /// payload is left alone.
+    ///
+    /// A stable bit that is set here must come from a look that was just taken, and before the hint
+    /// that goes with it ([`super::hints::settle`]): one that was cleared meanwhile would be lost.
     #[inline]
     pub fn note(&self, slot: Slot) {
         if self.peek().owns_the_same(slot) {

@@ -2,13 +2,19 @@
 
 //! The lock-free parts, and the orders that they are used in, in every order in which threads can come
 //! by them, on a machine that reorders as much as the language allows (loom).
+//!
+//! Each model of an order comes with one of the order that was wrong: there loom has to find the fault,
+//! or the model shows nothing.
 
 use super::{
+    catalog::{Catalog, Entry, GroupPage, GROUP_ENTRIES, SPILL_ENTRIES},
     cell::SlotCell,
+    hints::{self, Pages},
     hist::AtomicHist,
+    machine_tests::Boxed,
     slot::{Class, Slot},
 };
-use loom::{model::Builder, thread};
+use loom::{model::Builder, sync::Mutex, thread};
 use std::sync::Arc;
 
 /// Tries all orders in which no thread is interrupted more often than `preemptions` times.
@@ -18,11 +24,194 @@ fn model(preemptions: usize, f: impl Fn() + Sync + Send + 'static) {
     builder.check(f);
 }
 
-/// What the scanner knows of a page once it has looked at it.
+/// The page that is scanned, and the hash of its content: of all hints of its group the first to go.
+const PAGE: u32 = 0;
+const HASH: u64 = 0;
+/// Another page, whose hint takes the last place there is.
+const OTHER: u32 = 1;
+const OTHER_HASH: u64 = 500 << 16;
+/// Pages of which nothing changes, from here on.
+const FILLERS: u32 = 100;
+
+/// What the scanner knows of the page once it has looked at it.
 fn looked_at() -> Slot {
     Slot::private(7)
-        .looked_at(Class::Unshared, 0)
+        .looked_at(Class::Unshared, HASH)
         .with_stable(true)
+}
+
+/// An index and the pages that hints point to.
+struct World {
+    catalog: Mutex<Catalog<Boxed<GroupPage>>>,
+    cells: [SlotCell; 2],
+}
+
+impl World {
+    /// The page is not known yet. `hints` of others are in the index: in its group, or if they are more
+    /// than fit there, in all groups.
+    fn new(hints: usize) -> World {
+        let mut catalog = Catalog::new(Boxed::default());
+        catalog.store_mut().0.push(Box::default());
+        for n in 1..=hints as u32 {
+            let group = if hints > ONE_LEFT { n % 16 } else { 0 };
+            let tag = group << 12 | n;
+            catalog.insert_hint(u64::from(tag) << 16, FILLERS + n);
+        }
+        World {
+            catalog: Mutex::new(catalog),
+            cells: [
+                SlotCell::new(Slot::private(7)),
+                SlotCell::new(Slot::private(8).looked_at(Class::Unshared, OTHER_HASH)),
+            ],
+        }
+    }
+
+    /// As the engine does it.
+    fn hint(&self, hash: u64, page: u32, purge: bool) -> bool {
+        let mut catalog = self.catalog.lock().unwrap();
+        let left = hints::leave(&mut catalog, (hash, page), purge, self);
+        drop(catalog);
+        if let Some(owner) = left.evicted {
+            self.forget(owner);
+        }
+        left.placed
+    }
+
+    fn forget(&self, page: u32) {
+        if let Some(cell) = self.cells.get(page as usize) {
+            cell.forget_stable();
+        }
+    }
+
+    /// The scanner's look.
+    fn settle(&self) {
+        let cell = &self.cells[PAGE as usize];
+        hints::settle(
+            looked_at(),
+            |slot| cell.note(slot),
+            || self.hint(HASH, PAGE, false),
+        );
+    }
+
+    /// The look in the wrong order.
+    fn settle_late(&self) {
+        let placed = self.hint(HASH, PAGE, false);
+        self.cells[PAGE as usize].note(looked_at().with_stable(placed));
+    }
+
+    /// A step of growth, which takes out the hints whose pages say something else.
+    fn grow(&self) {
+        let mut catalog = self.catalog.lock().unwrap();
+        assert!(catalog.grow_step(&mut |entry| hints::bits_of_entry(self, entry)));
+        while let Some(Entry::Hint(page)) = catalog.pop_displaced() {
+            self.forget(page);
+        }
+    }
+
+    fn take_back(&self) {
+        hints::take_back(&mut self.catalog.lock().unwrap(), (HASH, PAGE), self);
+    }
+
+    /// A page that is not hashed again can be found.
+    fn check(&self) {
+        let catalog = self.catalog.lock().unwrap();
+        let hinted = catalog.lookup(HASH).any(|entry| entry == Entry::Hint(PAGE));
+        let stable = self.cells[PAGE as usize].peek().is_stable();
+        assert!(hinted || !stable, "stable without a hint");
+    }
+}
+
+impl Pages for World {
+    fn peek(&self, page: u32) -> Option<Slot> {
+        if page > FILLERS {
+            return Some(Slot::private(9).looked_at(Class::Unshared, 0));
+        }
+        Some(self.cells.get(page as usize)?.peek())
+    }
+}
+
+/// Runs the scanner's look beside something that takes its hint, in an index of so many hints.
+fn race(hints: usize, scan: fn(&World), other: fn(&World), before: fn(&World)) {
+    model(3, move || {
+        let world = Arc::new(World::new(hints));
+        before(&world);
+        let scanner = world.clone();
+        let scanner = thread::spawn(move || scan(&scanner));
+        other(&world);
+        scanner.join().unwrap();
+        world.check();
+    });
+}
+
+/// There is one place left in the group.
+const ONE_LEFT: usize = GROUP_ENTRIES + SPILL_ENTRIES - 1;
+/// The index wants to grow.
+const MANY: usize = 600;
+
+fn evict(world: &World) {
+    world.hint(OTHER_HASH, OTHER, false);
+}
+
+fn purge(world: &World) {
+    world.hint(OTHER_HASH, OTHER, true);
+}
+
+fn nothing(_: &World) {}
+
+/// The hint of an earlier look, whose page changed since.
+fn hinted_before(world: &World) {
+    world.hint(HASH, PAGE, false);
+}
+
+#[test]
+fn a_hint_that_makes_way_takes_the_stable_bit_along() {
+    race(ONE_LEFT, World::settle, evict, nothing);
+}
+
+#[test]
+#[should_panic(expected = "stable without a hint")]
+fn a_stable_bit_set_after_the_hint_made_way_is_noticed() {
+    race(ONE_LEFT, World::settle_late, evict, nothing);
+}
+
+#[test]
+fn a_hint_is_not_purged_before_its_page_says_so() {
+    race(ONE_LEFT, World::settle, purge, nothing);
+}
+
+#[test]
+#[should_panic(expected = "stable without a hint")]
+fn a_stable_bit_set_after_the_hint_was_purged_is_noticed() {
+    race(ONE_LEFT, World::settle_late, purge, nothing);
+}
+
+#[test]
+fn growth_keeps_the_hint() {
+    race(MANY, World::settle, World::grow, nothing);
+}
+
+#[test]
+#[should_panic(expected = "stable without a hint")]
+fn a_stable_bit_set_after_growth_dropped_the_hint_is_noticed() {
+    race(MANY, World::settle_late, World::grow, nothing);
+}
+
+#[test]
+fn a_new_hint_is_not_taken_for_the_old_one() {
+    race(0, World::settle, World::take_back, hinted_before);
+}
+
+#[test]
+#[should_panic(expected = "stable without a hint")]
+fn a_look_at_the_page_before_the_lock_is_noticed() {
+    fn take_back_late(world: &World) {
+        let seen = hints::bits_of(world.cells[PAGE as usize].peek());
+        if seen.is_none() {
+            let mut catalog = world.catalog.lock().unwrap();
+            catalog.remove(HASH, Entry::Hint(PAGE));
+        }
+    }
+    race(0, World::settle, take_back_late, hinted_before);
 }
 
 #[test]

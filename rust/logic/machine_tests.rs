@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use std::collections::{HashMap, HashSet};
 
 #[derive(Default)]
-struct Boxed<T>(Vec<Box<T>>);
+pub(super) struct Boxed<T>(pub(super) Vec<Box<T>>);
 
 impl PageStore for Boxed<GroupPage> {
     fn len(&self) -> usize {

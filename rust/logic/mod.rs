@@ -17,6 +17,7 @@ pub mod cell;
 pub mod clusters;
 pub mod counts;
 pub mod funding;
+pub mod hints;
 pub mod hist;
 pub mod huge;
 pub mod pace;
