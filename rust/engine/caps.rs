@@ -43,13 +43,13 @@ impl Host {
     /// The reclaimer tries anew, for every VM, what did not work before.
     pub(crate) fn try_anew(&self) {
         self.vms().for_each(|vm| vm.try_anew());
-        self.shared_anew.store(true, Ordering::Relaxed);
+        self.shared_anew.make();
         self.reclaimer_bell.ring();
     }
 
     /// Whether [`Host::try_anew`] was called since this was last asked.
     pub(super) fn shared_tried_anew(&self) -> bool {
-        self.shared_anew.swap(false, Ordering::Relaxed)
+        self.shared_anew.take()
     }
 
     /// The same for one VM.

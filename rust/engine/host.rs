@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     logic::{
+        bell::{self, Ear, Request, Rings, Rope},
         counts::Class,
         hist::AtomicHist,
         state::HostState,
@@ -32,7 +33,7 @@ use crate::{
         slots::{Content, Sharer, SLOTS},
     },
 };
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
+use core::sync::atomic::{AtomicU64, AtomicU8, Ordering};
 use kernel::{
     new_condvar, new_mutex,
     page::PAGE_SIZE,
@@ -126,11 +127,11 @@ pub(crate) struct Events {
     pub(crate) reclaim_cpu_us: AtomicU64,
 }
 
-/// Wakes a thread out of its sleep.
+/// Wakes threads out of their sleep.
 #[pin_data]
 pub(crate) struct Bell {
     #[pin]
-    rung: Mutex<bool>,
+    rings: Mutex<Rings>,
     #[pin]
     sound: CondVar,
 }
@@ -138,29 +139,41 @@ pub(crate) struct Bell {
 impl Bell {
     pub(super) fn new() -> impl PinInit<Bell> {
         pin_init!(Bell {
-            rung <- new_mutex!(false, "thinram_bell"),
+            rings <- new_mutex!(Rings::new(), "thinram_bell"),
             sound <- new_condvar!("thinram_bell"),
         })
     }
 
-    /// Ends the current or the next sleep.
+    /// Ends the current or the next sleep of each listener.
     pub(crate) fn ring(&self) {
-        *self.rung.lock() = true;
-        self.sound.notify_all();
+        bell::ring(self);
     }
 
-    /// Sleeps for `us` microseconds, until rung, or until `stop`.
-    pub(crate) fn sleep(&self, us: u64, stop: fn() -> bool) {
+    /// Sleeps for `us` microseconds, until a ring that `ear` has not heard, or until `stop`: by
+    /// [`crate::sys::task::should_stop`], which comes with a signal (kthread_stop() sets
+    /// TIF_NOTIFY_SIGNAL), so that no wait begins after it.
+    pub(crate) fn sleep(&self, ear: &mut Ear, us: u64, stop: fn() -> bool) {
+        bell::sleep(self, ear, us, stop);
+    }
+}
+
+impl Rope for Bell {
+    type Held<'a> = Guard<'a, Rings, MutexBackend>;
+
+    fn lock(&self) -> Self::Held<'_> {
+        self.rings.lock()
+    }
+
+    fn wait<'a>(&'a self, mut held: Self::Held<'a>, us: u64) -> Self::Held<'a> {
         let ms = u32::try_from(us.div_ceil(1000))
             .unwrap_or(u32::MAX)
             .min(3_600_000);
-        let mut rung = self.rung.lock();
-        if !*rung && !stop() {
-            let _ = self
-                .sound
-                .wait_interruptible_timeout(&mut rung, msecs_to_jiffies(ms));
-        }
-        *rung = false;
+        let _ = (self.sound).wait_interruptible_timeout(&mut held, msecs_to_jiffies(ms));
+        held
+    }
+
+    fn wake_all(&self) {
+        self.sound.notify_all();
     }
 }
 
@@ -215,7 +228,7 @@ pub(crate) struct Host {
     #[pin]
     pub(crate) shrinking: Shrinking,
     /// The reclaimer is to try anew what did not work with shared pages.
-    pub(super) shared_anew: AtomicBool,
+    pub(super) shared_anew: Request,
     zero_frames: KVec<Frame>,
     /// 2 MiB of zeroes, once they were asked for.
     pub(super) zero_folio: SetOnce<HugeFrame>,
@@ -290,7 +303,7 @@ impl Host {
                 index <- SharedIndex::new(),
                 shared_pools <- SharedPools::new(),
                 shrinking <- shrinking,
-                shared_anew: AtomicBool::new(false),
+                shared_anew: Request::new(),
                 zero_frames,
                 zero_folio: SetOnce::new(),
             }),

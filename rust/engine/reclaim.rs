@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     logic::{
+        bell::Ear,
         funding::{self, Holding},
         slot::State,
         state::HostState,
@@ -72,6 +73,7 @@ impl Work for Reclaimer {
             scratch: None,
             hand: Hand::default(),
         };
+        let mut ear = Ear::new();
         while !task::should_stop() {
             if host.pressure.look() {
                 host.splitter_bell.ring();
@@ -83,10 +85,10 @@ impl Work for Reclaimer {
             let idle_us = host.pressure.next_look_us();
             match next {
                 Next::Again => task::cond_resched(),
-                Next::Soon => host
-                    .reclaimer_bell
-                    .sleep(idle_us.min(REST_US), task::should_stop),
-                Next::Idle => host.reclaimer_bell.sleep(idle_us, task::should_stop),
+                Next::Soon => {
+                    (host.reclaimer_bell).sleep(&mut ear, idle_us.min(REST_US), task::should_stop)
+                }
+                Next::Idle => (host.reclaimer_bell).sleep(&mut ear, idle_us, task::should_stop),
             }
         }
     }

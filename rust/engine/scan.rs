@@ -26,6 +26,7 @@ use super::{
 use crate::{
     logic::{
         batch::{run_length, Batch},
+        bell::Ear,
         hints,
         huge::HugeWord,
         pace::{Limits, Pacer},
@@ -53,6 +54,7 @@ impl Work for Scanner {
         let host = &self.0;
         let mut walk = Walk::new();
         let mut pacer = Pacer::new(clock::now_us());
+        let mut ear = Ear::new();
         while !task::should_stop() {
             let limits = host.limits();
             let running = host.run_mode() == RunMode::Run;
@@ -61,7 +63,7 @@ impl Work for Scanner {
                 walk.restart();
                 // Memory that is touched for the first time rings no bell.
                 let idle_us = if running { 1_000_000 } else { u64::MAX };
-                host.scanner_bell.sleep(idle_us, task::should_stop);
+                (host.scanner_bell).sleep(&mut ear, idle_us, task::should_stop);
                 pacer = Pacer::new(clock::now_us());
                 continue;
             }
@@ -73,7 +75,7 @@ impl Work for Scanner {
                 .store(clock::thread_cpu_us(), Ordering::Relaxed);
             let mut sleep_us = pacer.after(&host.limits(), clock::now_us(), done, cpu_us);
             while sleep_us > 0 && !task::should_stop() && host.run_mode() == RunMode::Run {
-                host.scanner_bell.sleep(sleep_us, task::should_stop);
+                (host.scanner_bell).sleep(&mut ear, sleep_us, task::should_stop);
                 sleep_us = pacer.after(&host.limits(), clock::now_us(), 0, 0);
             }
             task::cond_resched();

@@ -29,6 +29,7 @@ use super::{
 };
 use crate::{
     logic::{
+        bell::{Ear, Request},
         huge::{Best, Gain, HugeWord},
         slot::{Class, State},
         state::HostState,
@@ -43,7 +44,7 @@ use crate::{
         zs::Scratch,
     },
 };
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::{prelude::*, sync::Arc};
 
 /// Folios that are chosen in one go.
@@ -67,7 +68,7 @@ pub(crate) struct SplitEvents {
     /// Frames that are kept for the next split.
     pub(crate) reserve: AtomicU64,
     /// Some folio may have too many holes.
-    holes: AtomicBool,
+    holes: Request,
 }
 
 /// The thread's work.
@@ -79,6 +80,7 @@ impl Work for Splitter {
         let host = &self.0;
         let mut kept = None;
         let mut collapser = Collapser::new();
+        let mut ear = Ear::new();
         while !task::should_stop() {
             let busy = self.round(&mut kept);
             let reserve = kept.as_ref().map_or(0, |supply| supply.reserve.len());
@@ -87,7 +89,7 @@ impl Work for Splitter {
             if busy {
                 task::cond_resched();
             } else {
-                host.splitter_bell.sleep(1_000_000, task::should_stop);
+                (host.splitter_bell).sleep(&mut ear, 1_000_000, task::should_stop);
             }
         }
     }
@@ -114,7 +116,7 @@ impl Splitter {
         };
         // While there is memory: at the worst moment there must be no need for any.
         supply.fill();
-        let holes = host.splits.holes.swap(false, Ordering::Relaxed);
+        let holes = host.splits.holes.take();
         let mut needed = holes || host.is_short();
         host.vms().for_each(|vm| needed |= host.needs_small(vm));
         if !needed {
@@ -132,8 +134,9 @@ impl Splitter {
             task::cond_resched();
         }
         // Those that were left out, or refused, are tried again.
-        let left = holes && host.chosen().in_order().next().is_some();
-        host.splits.holes.fetch_or(left, Ordering::Relaxed);
+        if holes && host.chosen().in_order().next().is_some() {
+            host.splits.holes.make();
+        }
         split
     }
 }
@@ -214,14 +217,14 @@ impl Host {
         self.knobs
             .split_holes_percent
             .store(percent, Ordering::Relaxed);
-        self.splits.holes.store(true, Ordering::Relaxed);
+        self.splits.holes.make();
         self.splitter_bell.ring();
     }
 
     /// Tells the splitter when a hole in `region` was one too many.
     pub(crate) fn hole_punched(&self, region: &Region) {
         if region.looks_huge() && self.has_too_many_holes(gain_of(region)) {
-            self.splits.holes.store(true, Ordering::Relaxed);
+            self.splits.holes.make();
             self.splitter_bell.ring();
         }
     }

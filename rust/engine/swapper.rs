@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     logic::{
+        bell::Ear,
         clusters::{Place, CLUSTERS_MAX, CLUSTER_BYTES},
         slot::State,
     },
@@ -55,10 +56,11 @@ pub(crate) struct Reader(pub(crate) Arc<Host>);
 impl Work for Reader {
     fn run(&self) {
         let work = &self.0.swap;
+        let mut ear = Ear::new();
         while !task::should_stop() {
             match work.next_ask() {
                 Some(ask) => read(work, &ask),
-                None => work.reader_bell.sleep(IDLE_US, task::should_stop),
+                None => (work.reader_bell).sleep(&mut ear, IDLE_US, task::should_stop),
             }
         }
     }
@@ -165,6 +167,7 @@ impl Work for Writer {
     fn run(&self) {
         let host = &self.0;
         let mut scratch = None;
+        let mut ear = Ear::new();
         while !task::should_stop() {
             if scratch.is_none() {
                 scratch = Scratch::new();
@@ -184,7 +187,7 @@ impl Work for Writer {
                 }
             }
             let us = if again { AGAIN_US } else { IDLE_US };
-            host.swap.writer_bell.sleep(us, task::should_stop);
+            (host.swap.writer_bell).sleep(&mut ear, us, task::should_stop);
         }
     }
 
@@ -207,7 +210,7 @@ fn serve(host: &Host, owner: &Owner<'_>, scratch: &mut Scratch) -> bool {
             None => (false, false),
         }
     };
-    let wanted = swap.wanted.swap(false, Ordering::Relaxed);
+    let wanted = swap.wanted.take();
     if let (true, false, Some(dir)) = (wanted, retires, target) {
         make_room(host, owner, dir);
         host.reclaimer_bell.ring();

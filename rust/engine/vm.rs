@@ -7,6 +7,7 @@
 use super::{host::Knobs, sample::Sample, volume::Swap};
 use crate::{
     logic::{
+        bell::Request,
         counts::{self, Counts},
         pace::TokenBucket,
         slot,
@@ -193,9 +194,9 @@ pub(crate) struct Vm {
     #[pin]
     clock: SpinLock<Clock>,
     /// What did not work before may work now.
-    anew: AtomicBool,
+    anew: Request,
     /// It told the reclaimer that it is about to reach its limit.
-    asked: AtomicBool,
+    asked: Request,
     /// Tasks that wait until it has less.
     waiters: AtomicU32,
     #[pin]
@@ -386,12 +387,12 @@ impl Vm {
     pub(crate) fn should_ask(&self) -> bool {
         self.limit_marks_kb()
             .is_some_and(|(high_kb, _)| self.resident_kb() > high_kb)
-            && !self.asked.swap(true, Ordering::Relaxed)
+            && self.asked.make()
     }
 
-    /// The reclaimer heard it.
+    /// The reclaimer heard it, and looks next.
     pub(super) fn heard(&self) {
-        self.asked.store(false, Ordering::Relaxed);
+        self.asked.take();
     }
 
     /// Waits until `over` says so, for `us` microseconds at most, or for a signal.
@@ -445,7 +446,8 @@ impl Vm {
     /// The reclaimer's place in it.
     pub(super) fn clock(&self) -> Clock {
         let mut clock = self.clock.lock();
-        if self.anew.swap(false, Ordering::Relaxed) {
+        if self.anew.take() {
+            self.set_stuck(false);
             clock.barren = 0;
             clock.stuck = 0;
             clock.rest_until_us = 0;
@@ -461,7 +463,7 @@ impl Vm {
     /// A knob changed: the reclaimer tries again what did not work.
     pub(crate) fn try_anew(&self) {
         self.set_stuck(false);
-        self.anew.store(true, Ordering::Relaxed);
+        self.anew.make();
     }
 
     /// A mapping was made by the running process, which is `pid`.
@@ -791,8 +793,8 @@ impl Vm {
                 store: Store::new()?,
                 swap: Swap::new(defaults.swap_dir.clone())?,
                 clock <- new_spinlock!(Clock::default(), "thinram_vm_clock"),
-                anew: AtomicBool::new(false),
-                asked: AtomicBool::new(false),
+                anew: Request::new(),
+                asked: Request::new(),
                 waiters: AtomicU32::new(0),
                 relief <- new_mutex!((), "thinram_vm_relief"),
                 relieved <- new_condvar!("thinram_vm_relieved"),

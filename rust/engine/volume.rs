@@ -12,7 +12,10 @@
 
 use super::host::Bell;
 use crate::{
-    logic::clusters::{Cluster, ClusterStore, Clusters, Fill, Phase, Place, CLUSTER_BYTES},
+    logic::{
+        bell::Request,
+        clusters::{Cluster, ClusterStore, Clusters, Fill, Phase, Place, CLUSTER_BYTES},
+    },
     sys::{
         clock,
         crypt::{Key, Nonce},
@@ -23,7 +26,7 @@ use crate::{
         zs::{self, Corrupt, Scratch},
     },
 };
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::{
     new_condvar, new_mutex,
     page::PAGE_SIZE,
@@ -180,7 +183,7 @@ pub(crate) struct Swap {
     #[pin]
     pub(super) loaded: CondVar,
     /// The file is to be made, or to be made larger.
-    pub(super) wanted: AtomicBool,
+    pub(super) wanted: Request,
     /// Pages that were written.
     pub(crate) outs: AtomicU64,
     /// Pages that came back.
@@ -205,7 +208,7 @@ impl Swap {
                     "thinram_swap"
                 ),
                 loaded <- new_condvar!("thinram_swap_loaded"),
-                wanted: AtomicBool::new(false),
+                wanted: Request::new(),
                 outs: AtomicU64::new(0),
                 ins: AtomicU64::new(0),
             }),
@@ -318,7 +321,7 @@ impl Swap {
         if !may_grow {
             return Ready::No;
         }
-        self.wanted.store(true, Ordering::Relaxed);
+        self.wanted.make();
         work.writer_bell.ring();
         Ready::Soon
     }

@@ -7,14 +7,23 @@
 //! or the model shows nothing.
 
 use super::{
+    bell::{self, Ear, Request, Rings, Rope},
     catalog::{Catalog, Entry, GroupPage, GROUP_ENTRIES, SPILL_ENTRIES},
     cell::SlotCell,
     hints::{self, Pages},
     hist::AtomicHist,
     machine_tests::Boxed,
     slot::{Class, Slot},
+    sync::{
+        AtomicBool, AtomicU64,
+        Ordering::{Relaxed, SeqCst},
+    },
 };
-use loom::{model::Builder, sync::Mutex, thread};
+use loom::{
+    model::Builder,
+    sync::{Mutex, MutexGuard},
+    thread::{self, Thread},
+};
 use std::sync::Arc;
 
 /// Tries all orders in which no thread is interrupted more often than `preemptions` times.
@@ -242,6 +251,183 @@ fn what_is_owned_is_handed_over_once() {
         assert!(taken.owns_the_same(old));
         assert_eq!(cell.peek(), Slot::ZERO);
     });
+}
+
+/// A queue of sleepers, as the kernel has it: who is in it is woken, asleep or not yet.
+///
+/// A sleep has no other end: a lost wake-up is a deadlock, which loom finds. It tells by a panic, so
+/// nobody holds a lock meanwhile.
+#[derive(Default)]
+struct Sleepers(Mutex<Vec<Thread>>);
+
+impl Sleepers {
+    fn enter(&self) {
+        self.0.lock().unwrap().push(thread::current());
+    }
+
+    fn wake_all(&self) {
+        let sleepers = core::mem::take(&mut *self.0.lock().unwrap());
+        sleepers.iter().for_each(Thread::unpark);
+    }
+}
+
+/// A bell as the engine's.
+#[derive(Default)]
+struct TestBell {
+    rings: Mutex<Rings>,
+    sleepers: Sleepers,
+}
+
+impl Rope for TestBell {
+    type Held<'a> = MutexGuard<'a, Rings>;
+
+    fn lock(&self) -> MutexGuard<'_, Rings> {
+        self.rings.lock().unwrap()
+    }
+
+    fn wait<'a>(&'a self, held: MutexGuard<'a, Rings>, _us: u64) -> MutexGuard<'a, Rings> {
+        self.sleepers.enter();
+        drop(held);
+        thread::park();
+        self.lock()
+    }
+
+    fn wake_all(&self) {
+        self.sleepers.wake_all();
+    }
+}
+
+/// Words that change, a request to look at them, a bell.
+#[derive(Default)]
+struct Asked {
+    request: Request,
+    relaxed: AtomicBool,
+    done: AtomicU64,
+    bell: TestBell,
+}
+
+/// Two ask for something each, the first one of them rings; the thread ends when it saw both.
+fn two_ask(make: fn(&Asked) -> bool, take: fn(&Asked) -> bool) {
+    model(3, move || {
+        let asked = Arc::new(Asked::default());
+        let ask = |asked: Arc<Asked>| {
+            move || {
+                asked.done.fetch_add(1, Relaxed);
+                if make(&asked) {
+                    bell::ring(&asked.bell);
+                }
+            }
+        };
+        let first = thread::spawn(ask(asked.clone()));
+        let second = thread::spawn(ask(asked.clone()));
+        let mut ear = Ear::new();
+        while !(take(&asked) && asked.done.load(Relaxed) == 2) {
+            bell::sleep(&asked.bell, &mut ear, 1, || false);
+        }
+        first.join().unwrap();
+        second.join().unwrap();
+    });
+}
+
+#[test]
+fn no_request_is_lost() {
+    two_ask(|asked| asked.request.make(), |asked| asked.request.take());
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn a_request_without_order_is_noticed() {
+    two_ask(
+        |asked| !asked.relaxed.swap(true, Relaxed),
+        |asked| asked.relaxed.swap(false, Relaxed),
+    );
+}
+
+/// What two readers are asked to read.
+#[derive(Default)]
+struct Reading<B> {
+    queue: Mutex<Vec<u32>>,
+    bell: B,
+    second: AtomicBool,
+    waits_for_second: Sleepers,
+}
+
+impl<B> Reading<B> {
+    fn ask(&self, cluster: u32, ring: fn(&B)) {
+        self.queue.lock().unwrap().push(cluster);
+        ring(&self.bell);
+    }
+
+    /// A reader reads one cluster. The first one does not come before the second one.
+    fn read_one(&self, sleep: fn(&B, &mut Ear)) {
+        let mut ear = Ear::new();
+        let cluster = loop {
+            let next = self.queue.lock().unwrap().pop();
+            match next {
+                Some(cluster) => break cluster,
+                None => sleep(&self.bell, &mut ear),
+            }
+        };
+        if cluster == 2 {
+            self.second.store(true, SeqCst);
+            self.waits_for_second.wake_all();
+            return;
+        }
+        self.waits_for_second.enter();
+        if !self.second.load(SeqCst) {
+            thread::park();
+        }
+    }
+}
+
+/// Two readers, who sleep by `sleep` while there is nothing to read.
+fn two_readers<B: Default + Send + Sync + 'static>(ring: fn(&B), sleep: fn(&B, &mut Ear)) {
+    model(2, move || {
+        let reading = Arc::new(Reading::<B>::default());
+        let readers = [reading.clone(), reading.clone()]
+            .map(|reading| thread::spawn(move || reading.read_one(sleep)));
+        reading.ask(1, ring);
+        reading.ask(2, ring);
+        for reader in readers {
+            reader.join().unwrap();
+        }
+    });
+}
+
+#[test]
+fn each_listener_hears_the_bell() {
+    two_readers::<TestBell>(
+        |bell| bell::ring(bell),
+        |bell, ear| bell::sleep(bell, ear, 1, || false),
+    );
+}
+
+/// A bell whose ring one of several listeners takes from the others.
+#[derive(Default)]
+struct OneRing {
+    rung: Mutex<bool>,
+    sleepers: Sleepers,
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn a_ring_heard_in_anothers_place_is_noticed() {
+    two_readers::<OneRing>(
+        |bell| {
+            *bell.rung.lock().unwrap() = true;
+            bell.sleepers.wake_all();
+        },
+        |bell, _| {
+            let mut rung = bell.rung.lock().unwrap();
+            if !*rung {
+                bell.sleepers.enter();
+                drop(rung);
+                thread::park();
+                rung = bell.rung.lock().unwrap();
+            }
+            *rung = false;
+        },
+    );
 }
 
 #[test]

@@ -12,6 +12,7 @@
 mod words;
 
 pub mod batch;
+pub mod bell;
 pub mod catalog;
 pub mod cell;
 pub mod clusters;

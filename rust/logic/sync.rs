@@ -4,6 +4,6 @@
 //! come by them is tried out (`--cfg loom`).
 
 #[cfg(not(loom))]
-pub(super) use core::sync::atomic::{AtomicU64, Ordering};
+pub(super) use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[cfg(loom)]
-pub(super) use loom::sync::atomic::{AtomicU64, Ordering};
+pub(super) use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
