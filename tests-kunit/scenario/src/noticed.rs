@@ -23,6 +23,11 @@ pub const CASES: &[Case] = &[
         write_noticed,
     ),
     Case::thinram(
+        "share/zero-only-ends",
+        "pages that left no hint under zero_only are found by the next passes",
+        zero_only_ends,
+    ),
+    Case::thinram(
         "share/late-pin",
         "what is written through a pin from before is seen as well",
         late_pin,
@@ -56,9 +61,8 @@ fn few_passes(ctx: &Ctx) -> Result<()> {
     that(format!("{passes} passes are few"), passes < 32)
 }
 
-fn write_noticed(ctx: &Ctx) -> Result<()> {
-    const PAGES: usize = 128;
-    let (_mount, a, b) = strangers(ctx, PAGES)?;
+/// Stops the scanner once it takes most of `pages` pages of each of two guests for unchanged.
+fn until_unchanged(ctx: &Ctx, pages: usize) -> Result<()> {
     let sys = ctx.sys();
     sys.flat_out()?;
     ctx.passes(COLD)?;
@@ -69,9 +73,31 @@ fn write_noticed(ctx: &Ctx) -> Result<()> {
     // Without this nothing is shown: pages that are hashed in each pass need no notice.
     that(
         format!("most pages are skipped by then: {skipped} in {passes} passes"),
-        skipped > COLD * PAGES as u64,
+        skipped > COLD * pages as u64,
     )?;
-    sys.set("run", 0)?;
+    sys.set("run", 0)
+}
+
+fn zero_only_ends(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 128;
+    let (_mount, a, b) = strangers(ctx, PAGES)?;
+    b.fill(0, PAGES, 1);
+    let sys = ctx.sys();
+    sys.set("zero_only", 1)?;
+    until_unchanged(ctx, PAGES)?;
+    eq("pages_sharing meanwhile", sys.get("pages_sharing")?, 0)?;
+    sys.set("zero_only", 0)?;
+    few_passes(ctx)?;
+    eq("pages_sharing", sys.get("pages_sharing")?, PAGES as u64)?;
+    a.holds(0, PAGES, 1)?;
+    b.holds(0, PAGES, 1)
+}
+
+fn write_noticed(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 128;
+    let (_mount, a, b) = strangers(ctx, PAGES)?;
+    until_unchanged(ctx, PAGES)?;
+    let sys = ctx.sys();
     for page in 0..PAGES {
         if page % 2 == 0 {
             a.map.write_page(page, &content::page(500 + page as u64));
