@@ -1208,8 +1208,10 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
         if plan.large {
             force(ctx, "clear")?;
         }
+        // Before anybody writes: how many pages share at a time later is a matter of who is faster.
         ctx.until("the first merges", 20.0, || {
-            Ok((seen()?[0] > 0, "none".into()))
+            let sharing = seen()?[0];
+            Ok((sharing >= SHARING_MIN, format!("{sharing} pages")))
         })?;
         // Those of the first merges count.
         let mut before = seen()?;
@@ -1225,7 +1227,7 @@ fn torture(ctx: &Ctx, plan: &Plan) -> Result<()> {
     let end = Instant::now() + ctx.span(8.0);
     // A slow machine gets the time that it takes to have tested something.
     let last = end + ctx.limit(15.0);
-    let mut most_sharing = 0;
+    let mut most_sharing = before[0];
     let count = |which: Head| table.head(which).load(Ordering::Relaxed);
     let enough = |now: &[u64; SEEN], most_sharing: u64| {
         count(Head::Writes) >= WRITES_MIN
