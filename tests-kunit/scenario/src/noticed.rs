@@ -13,6 +13,7 @@ use crate::check::{eq, skip, that};
 use crate::content::{self, page_bytes};
 use crate::ctx::{Ctx, Guest, Mount};
 use crate::harness::Case;
+use crate::sharing::twins;
 use crate::sys::{self, Map, UserFault, PAGE};
 
 /// The table of cases.
@@ -31,6 +32,11 @@ pub const CASES: &[Case] = &[
         "share/late-pin",
         "what is written through a pin from before is seen as well",
         late_pin,
+    ),
+    Case::thinram(
+        "share/held-for-writing",
+        "pages that somebody is about to write to do not merge, and the write arrives",
+        held_for_writing,
     ),
 ];
 
@@ -112,33 +118,30 @@ fn write_noticed(ctx: &Ctx) -> Result<()> {
     b.holds(0, PAGES, 500)
 }
 
-fn late_pin(ctx: &Ctx) -> Result<()> {
-    // As many as one call holds at a time.
-    const PAGES: usize = 16;
+/// As many as one call of process_vm_writev holds at a time.
+const HELD: usize = 16;
+
+/// Has somebody take the first [`HELD`] pages of `guest` for writing and wait, runs `meanwhile`, and
+/// lets it write: page `i` is of seed 500 + `i` then.
+fn written_late(ctx: &Ctx, guest: &Guest, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
     let waits = match UserFault::open() {
         Err(Errno::ENOSYS | Errno::EPERM) => return Err(skip("this kernel has no userfaultfd")),
         other => other.context("userfaultfd")?,
     };
-    let (_mount, a, b) = strangers(ctx, PAGES)?;
-    let source = Map::anonymous(PAGES * PAGE)?;
+    let source = Map::anonymous(HELD * PAGE)?;
     waits.register(&source, 1).context("register the source")?;
-    let filled = Map::anonymous(PAGES * PAGE)?;
-    for page in 0..PAGES {
+    let filled = Map::anonymous(HELD * PAGE)?;
+    for page in 0..HELD {
         filled.write_page(page, &content::page(500 + page as u64));
     }
-    let sys = ctx.sys();
     thread::scope(|scope| -> Result<()> {
         // It has the guest's pages for writing, and waits for its first byte.
-        let writer = scope.spawn(|| sys::write_own_memory(&source, &a.map));
+        let writer = scope.spawn(|| sys::write_own_memory(&source, &guest.map));
         let held = || -> Result<()> {
             ctx.until("the writer to wait", 10.0, || {
                 Ok((waits.is_awaited()?, "it does not".into()))
             })?;
-            sys.flat_out()?;
-            ctx.passes(COLD)?;
-            sys.set("run", 0)?;
-            eq("pages_sharing meanwhile", sys.get("pages_sharing")?, 0)?;
-            a.holds(0, PAGES, 1)
+            meanwhile()
         };
         let seen = held();
         waits
@@ -149,10 +152,41 @@ fn late_pin(ctx: &Ctx) -> Result<()> {
             .map_err(|_| anyhow!("the writer panicked"))?
             .context("process_vm_writev")?;
         seen?;
-        eq("bytes written", written, PAGES * PAGE)
+        eq("bytes written", written, HELD * PAGE)
+    })
+}
+
+fn late_pin(ctx: &Ctx) -> Result<()> {
+    let (_mount, a, b) = strangers(ctx, HELD)?;
+    let sys = ctx.sys();
+    written_late(ctx, &a, || {
+        sys.flat_out()?;
+        ctx.passes(COLD)?;
+        sys.set("run", 0)?;
+        eq("pages_sharing meanwhile", sys.get("pages_sharing")?, 0)?;
+        a.holds(0, HELD, 1)
     })?;
     few_passes(ctx)?;
-    eq("pages_sharing", sys.get("pages_sharing")?, PAGES as u64)?;
-    a.holds(0, PAGES, 500)?;
-    b.holds(0, PAGES, 500)
+    eq("pages_sharing", sys.get("pages_sharing")?, HELD as u64)?;
+    a.holds(0, HELD, 500)?;
+    b.holds(0, HELD, 500)
+}
+
+fn held_for_writing(ctx: &Ctx) -> Result<()> {
+    let (_mount, a, b) = twins(ctx, HELD)?;
+    let sys = ctx.sys();
+    let refused = sys.get("merges_refused_pinned")?;
+    let mut sharing = 0;
+    written_late(ctx, &a, || {
+        sys.flat_out()?;
+        ctx.passes(COLD)?;
+        sys.set("run", 0)?;
+        sharing = sys.get("pages_sharing")?;
+        a.holds(0, HELD, 1)
+    })?;
+    a.holds(0, HELD, 500)?;
+    b.holds(0, HELD, 1)?;
+    eq("pages_sharing meanwhile", sharing, 0)?;
+    let refused = sys.get("merges_refused_pinned")? - refused;
+    that(format!("{refused} merges refused"), refused > 0)
 }

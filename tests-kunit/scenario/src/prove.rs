@@ -89,7 +89,7 @@ const PROTECTIONS: &[Protection] = &[
     Protection {
         name: "freeze",
         prevents: "replacing a page that somebody else holds",
-        case: "torture/direct",
+        case: "share/held-for-writing",
         sees: Sees::Corruption,
         large: false,
         with: None,
