@@ -28,13 +28,31 @@ use engine::{
 };
 use sys::task::Thread;
 
-module! {
-    type: ThinRam,
-    name: "thinram",
-    authors: ["The ThinRAM developers"],
-    description: "Thin-provisioned RAM for KVM guests",
-    license: "GPL",
-    alias: ["fs-thinram"],
+macro_rules! thinram_module {
+    ($($parameters:tt)*) => {
+        module! {
+            type: ThinRam,
+            name: "thinram",
+            authors: ["The ThinRAM developers"],
+            description: "Thin-provisioned RAM for KVM guests",
+            license: "GPL",
+            alias: ["fs-thinram"],
+            $($parameters)*
+        }
+    };
+}
+
+#[cfg(not(thinram_debug))]
+thinram_module! {}
+
+#[cfg(thinram_debug)]
+thinram_module! {
+    params: {
+        fail_allocation: u64 {
+            default: 0,
+            description: "As the file of that name in debugfs: lets the Nth request fail",
+        },
+    },
 }
 
 /// The loaded module. Fields are dropped in this order: first what others can see, then what works,
@@ -91,6 +109,9 @@ impl Drop for Callbacks {
 
 impl kernel::Module for ThinRam {
     fn init(_module: &'static ThisModule) -> Result<Self> {
+        #[cfg(thinram_debug)]
+        sys::inject::Countdown::of(None)
+            .fail_after(module_parameters::fail_allocation.value(), false);
         let host = Host::new()?;
         glue::start(&host)?;
         let reference = HostReference;

@@ -182,7 +182,7 @@ fn proofs(k: &Kernel) -> Result<Vec<Test>> {
     let scenario = "/src/target/sysroot/release/thinram-scenario";
     // The cases of a debug build come first: one of them needs an index that has not grown yet.
     let script = format!(
-        "sh -c '{scenario} run --filter debug/ --patience 2 --mount /run/thinram; \
+        "sh -c '{scenario} run --filter debug/ --patience 2 --mount /run/thinram --scratch /dev/ubdb; \
          {scenario} prove --patience 2 --mount /run/thinram --disk /run/disk --scratch /dev/ubdb'"
     );
     prove(k, job("proofs", Place::UmlDebug, &script))
@@ -215,7 +215,9 @@ fn large_proofs(k: &Kernel) -> Result<Vec<Test>> {
     let scenario = "/src/target/sysroot/release/thinram-scenario";
     let script = format!(
         "sh -c 'insmod /src/target/module-debug/thinram.ko; \
-         {scenario} run --filter debug/ --patience 15 --mount /run/thinram; \
+         {scenario} run --filter debug/fail-a --filter debug/fail-l --filter debug/no-large \
+         --filter debug/lost-hint --filter debug/split --patience 15 --mount /run/thinram \
+         --ko /src/target/module-debug/thinram.ko; \
          {scenario} prove --protection large --patience 15 --mount /run/thinram'"
     );
     prove(k, job("large-proofs", Place::SmpHost, &script))

@@ -2,7 +2,7 @@
 
 //! Page contents made from numbers, so that a test knows every byte without keeping it.
 
-use crate::sys::{PageBuf, PAGE, WORDS};
+use crate::sys::{PageBuf, WORDS};
 
 /// A well-mixed 64-bit value (the finaliser of splitmix64): a word of one seed says nothing
 /// about another's.
@@ -41,11 +41,12 @@ pub fn page(seed: u64) -> PageBuf {
 
 /// The page of `seed` as bytes.
 pub fn page_bytes(seed: u64) -> Vec<u8> {
-    let mut out = Vec::with_capacity(PAGE);
-    for value in page(seed) {
-        out.extend_from_slice(&value.to_ne_bytes());
-    }
-    out
+    bytes_of(&page(seed))
+}
+
+/// A page as bytes.
+pub fn bytes_of(page: &PageBuf) -> Vec<u8> {
+    page.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
 /// `pages` pages, page `i` made from seed `first + i`.

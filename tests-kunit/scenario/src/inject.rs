@@ -2,14 +2,16 @@
 
 //! Debug builds only: whatever can fail does so, one after the other; and an index that cannot grow.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::thread;
 
 use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
 
-use crate::check::{eq, page_is, skip, that, Code};
+use crate::check::{bytes_are, eq, page_is, skip, that, Code};
 use crate::content;
 use crate::contention::force;
 use crate::ctx::Ctx;
@@ -17,6 +19,7 @@ use crate::harness::Case;
 use crate::huge::{self, LARGE, LARGE_KB};
 use crate::operations::{merged, Before, Operation, Pair, OPERATIONS};
 use crate::sharing::SOON;
+use crate::swap::{self, Disk};
 use crate::sys::{self, PAGE};
 
 /// The table of cases.
@@ -30,6 +33,18 @@ pub const CASES: &[Case] = &[
         "debug/fail-allocation",
         "whatever the module asks for in each operation fails once: nothing is lost",
         fail_allocation,
+    )
+    .span(60.0),
+    Case::thinram(
+        "debug/fail-swap",
+        "whatever it asks for on the way to swap and back fails once: nothing is lost",
+        fail_swap,
+    )
+    .span(60.0),
+    Case::thinram(
+        "debug/fail-load",
+        "whatever it asks for as it is loaded fails once: insmod is refused, the next one works",
+        fail_load,
     )
     .span(60.0),
     Case::thinram(
@@ -279,4 +294,101 @@ fn try_once(
         Ok((left.is_empty(), format!("{left:?}")))
     })?;
     Ok(failed)
+}
+
+/// The error of a system call that `e` is about.
+fn errno_of(e: &anyhow::Error) -> Option<Errno> {
+    e.chain().find_map(|cause| {
+        let io = cause.downcast_ref::<io::Error>().map(Code::code);
+        io.or(cause.downcast_ref::<Errno>().copied())
+    })
+}
+
+/// A VM's pages go to swap and come back, again and again, until each request on the way has failed.
+fn fail_swap(ctx: &Ctx) -> Result<()> {
+    // Several clusters of the swap file.
+    const PAGES: usize = 48;
+    let countdown = Switch::new(ctx, "fail_allocation")?;
+    let disk = Disk::new(ctx)?;
+    let (mut failures, mut refused) = (0, 0);
+    for nth in 1.. {
+        ensure!(nth < MOST, "no end of failures");
+        let mount = ctx.mount("m", "size=16M,domain=lab")?;
+        let guest = mount.guest("web", PAGES)?;
+        guest.fill_noise(0, PAGES);
+        let there_and_back = || {
+            swap::push_out(ctx, &guest, PAGES)?;
+            let mut page = vec![0; PAGE];
+            guest.file.read_exact_at(&mut page, 0)?;
+            bytes_are(
+                "page 0 by read(2)",
+                &page,
+                &content::bytes_of(&content::noise(0)),
+            )?;
+            guest.holds_noise(0, PAGES)
+        };
+        countdown.set(nth)?;
+        let done = there_and_back();
+        let failed = countdown.get()? == 0;
+        countdown.set(0)?;
+        match done {
+            Ok(()) => {}
+            Err(e) if failed && errno_of(&e) == Some(Errno::ENOMEM) => refused += 1,
+            Err(e) => return Err(e.context(format!("failure {nth}"))),
+        }
+        there_and_back().with_context(|| format!("the second time, after failure {nth}"))?;
+        guest.sysfs(ctx).stat()?.check_sum()?;
+        drop(guest);
+        drop(mount);
+        ctx.until_no_vm()?;
+        if !failed {
+            break;
+        }
+        failures += 1;
+    }
+    println!("{failures} failures, {refused} refusals");
+    that("swapping allocates something", failures > 0)?;
+    disk.unmount()
+}
+
+fn fail_load(ctx: &Ctx) -> Result<()> {
+    // Before it is unloaded: whether it has a parameter of that name.
+    drop(Switch::new(ctx, "fail_allocation")?);
+    let Some(ko) = &ctx.setup.ko else {
+        return Err(skip("no --ko, or the module is built in"));
+    };
+    let file = File::open(ko).with_context(|| format!("open {}", ko.display()))?;
+    let sys = ctx.sys();
+    let mut refused = 0;
+    for nth in 1.. {
+        ensure!(nth < MOST, "no end of failures");
+        // A mount that just ended may still be on its way out.
+        ctx.until("the module to go", 20.0, || {
+            let gone = sys::remove_module("thinram");
+            Ok((gone.is_ok(), format!("{gone:?}")))
+        })?;
+        that("rmmod leaves no sysfs", !sys.exists())?;
+        let loaded = sys::insert_module(&file, &format!("fail_allocation={nth}"));
+        if let Err(e) = loaded {
+            eq(format!("errno of failure {nth}"), e, Errno::ENOMEM)?;
+            that("what was refused leaves no sysfs", !sys.exists())?;
+            sys::insert_module(&file, "").context("insmod, with memory")?;
+            refused += 1;
+        }
+        let countdown = Switch::new(ctx, "fail_allocation")?;
+        let over = loaded.is_ok() && countdown.get()? > 0;
+        countdown.set(0)?;
+        let mount = ctx.mount("m", "size=16M,domain=lab")?;
+        let guest = mount.guest("web", 4)?;
+        guest.fill(0, 4, 1);
+        guest.holds(0, 4, 1)?;
+        drop(guest);
+        drop(mount);
+        ctx.until_no_vm()?;
+        if over {
+            break;
+        }
+    }
+    println!("{refused} refusals");
+    that("loading allocates something", refused > 0)
 }

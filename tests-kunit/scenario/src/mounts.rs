@@ -264,7 +264,11 @@ fn second_insmod(ctx: &Ctx) -> Result<()> {
     let mount = ctx.mount("m", "size=4M")?;
     let guest = mount.guest("web", 2)?;
     guest.fill(0, 2, 1);
-    fails("a second insmod", sys::insert_module(&file), Errno::EEXIST)?;
+    fails(
+        "a second insmod",
+        sys::insert_module(&file, ""),
+        Errno::EEXIST,
+    )?;
     guest.holds(0, 2, 1)?;
     eq("resident_kb", guest.sysfs(ctx).get("resident_kb")?, 8)
 }

@@ -214,7 +214,8 @@ impl Drop for Disk<'_> {
     }
 }
 
-fn until_vm(ctx: &Ctx, guest: &Guest, name: &str, good: impl Fn(u64) -> bool) -> Result<()> {
+/// Waits until value `name` of a VM is good; its states add up all the while.
+pub fn until_vm(ctx: &Ctx, guest: &Guest, name: &str, good: impl Fn(u64) -> bool) -> Result<()> {
     let vm = guest.sysfs(ctx);
     ctx.until(&format!("a good {name} of {}", guest.name), SOON, || {
         vm.stat()?.check_sum()?;
@@ -224,7 +225,7 @@ fn until_vm(ctx: &Ctx, guest: &Guest, name: &str, good: impl Fn(u64) -> bool) ->
 }
 
 /// Pushes all of a VM out, and lets go when it is there.
-fn push_out(ctx: &Ctx, guest: &Guest, pages: usize) -> Result<()> {
+pub fn push_out(ctx: &Ctx, guest: &Guest, pages: usize) -> Result<()> {
     force(ctx, "hard")?;
     until_vm(ctx, guest, "swapped_kb", |kb| kb == 4 * pages as u64)?;
     force(ctx, "none")
@@ -539,8 +540,7 @@ fn drain_fails(ctx: &Ctx) -> Result<()> {
     for page in 0..PAGES {
         match guest.file.read_exact_at(&mut seen, (page * PAGE) as u64) {
             Ok(()) => {
-                let words = content::noise(page as u64);
-                let expected: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+                let expected = content::bytes_of(&content::noise(page as u64));
                 bytes_are(format!("page {page}"), &seen, &expected)?;
             }
             Err(e) => {
@@ -733,8 +733,7 @@ fn corrupt(ctx: &Ctx) -> Result<()> {
         let mut seen = vec![0; PAGE];
         match guest.file.read_exact_at(&mut seen, (page * PAGE) as u64) {
             Ok(()) => {
-                let expected = content::noise(page as u64);
-                let expected: Vec<u8> = expected.iter().flat_map(|w| w.to_ne_bytes()).collect();
+                let expected = content::bytes_of(&content::noise(page as u64));
                 bytes_are(format!("page {page}"), &seen, &expected)?;
             }
             Err(e) => {

@@ -727,7 +727,7 @@ fn ends(ctx: &Ctx) -> Result<()> {
     };
     // At once, before anybody could tidy up.
     sys::remove_module("thinram")?;
-    sys::insert_module(&File::open(ko)?)?;
+    sys::insert_module(&File::open(ko)?, "")?;
     umount(&disk.path)?;
     eq("swap_dir", sys.word("swap_dir")?, String::new())
 }

@@ -483,10 +483,16 @@ pub fn rename_with(from: &Path, to: &Path, flags: u32) -> nix::Result<()> {
 }
 
 /// Loads a module file.
-pub fn insert_module(file: &File) -> nix::Result<()> {
+pub fn insert_module(file: &File, parameters: &str) -> nix::Result<()> {
+    let parameters = CString::new(parameters).map_err(|_| Errno::EINVAL)?;
     // SAFETY: the parameter string ends in NUL.
     Errno::result(unsafe {
-        libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0)
+        libc::syscall(
+            libc::SYS_finit_module,
+            file.as_raw_fd(),
+            parameters.as_ptr(),
+            0,
+        )
     })
     .map(drop)
 }
