@@ -19,6 +19,7 @@ use crate::{
         huge::HugeFrame,
         mapping::Mapping,
         page::{Frame, PageRef, Purpose},
+        protect,
         slots::{Content, SlotKey, SlotWords, SLOTS},
         zs::{Corrupt, NoRoom, Scratch},
     },
@@ -686,7 +687,9 @@ struct Table {
 
 impl Registry {
     /// Region numbers fit the 31-bit page ids of hints: 8 TiB of guests.
-    const MAX: usize = 1 << 22;
+    const MAX: u64 = 1 << 22;
+    /// So many there are where tests see them run out.
+    const FEW: u64 = 8;
 
     /// No regions.
     pub(crate) fn new() -> impl PinInit<Registry> {
@@ -698,10 +701,18 @@ impl Registry {
         })
     }
 
-    /// Gives `region` a number.
+    /// Gives `region` a number; ENOSPC when there is none left.
     pub(crate) fn add(&self, region: &Arc<Region>) -> Result {
+        let most = if protect::armed(protect::Protection::RegionNumbers) {
+            Self::MAX
+        } else {
+            Self::FEW
+        };
         loop {
             let mut table = self.table.lock();
+            if table.live >= most {
+                return Err(ENOSPC);
+            }
             if let Some(id) = table.free.pop() {
                 region.id.store(id, Ordering::Relaxed);
                 if let Some(place) = table.regions.get_mut(id as usize) {
@@ -711,9 +722,6 @@ impl Registry {
                 return Ok(());
             }
             let len = table.regions.len();
-            if len >= Self::MAX {
-                return Err(ENOSPC);
-            }
             if len < table.regions.capacity() && len < table.free.capacity() {
                 region.id.store(len as u32, Ordering::Relaxed);
                 table

@@ -37,11 +37,13 @@ pub(crate) enum Protection {
     IndexGrowth,
     /// Keep frames for a split for which there is no memory.
     SplitReserve,
+    /// Have a number for each region of 8 TiB. Without it there are few, and tests see them run out.
+    RegionNumbers,
 }
 
 #[cfg(thinram_debug)]
 /// All of them, with the names of their switches in debugfs.
-pub(crate) const ALL: [(Protection, &kernel::str::CStr); 14] = [
+pub(crate) const ALL: [(Protection, &kernel::str::CStr); 15] = [
     (Protection::Zap, c"break_zap"),
     (Protection::Freeze, c"break_freeze"),
     (Protection::Compare, c"break_compare"),
@@ -56,6 +58,7 @@ pub(crate) const ALL: [(Protection, &kernel::str::CStr); 14] = [
     (Protection::WriteResult, c"break_write_result"),
     (Protection::IndexGrowth, c"break_index_growth"),
     (Protection::SplitReserve, c"break_split_reserve"),
+    (Protection::RegionNumbers, c"break_region_numbers"),
 ];
 
 #[cfg(not(thinram_debug))]

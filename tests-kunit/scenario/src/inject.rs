@@ -10,6 +10,7 @@ use std::thread;
 
 use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
+use nix::sys::signal::Signal;
 
 use crate::check::{bytes_are, eq, page_is, skip, that, Code};
 use crate::content;
@@ -20,7 +21,7 @@ use crate::huge::{self, LARGE, LARGE_KB};
 use crate::operations::{merged, Before, Operation, Pair, OPERATIONS};
 use crate::sharing::SOON;
 use crate::swap::{self, Disk};
-use crate::sys::{self, PAGE};
+use crate::sys::{self, Map, PAGE, RW};
 
 /// The table of cases.
 pub const CASES: &[Case] = &[
@@ -47,6 +48,11 @@ pub const CASES: &[Case] = &[
         fail_load,
     )
     .span(60.0),
+    Case::thinram(
+        "debug/region-numbers",
+        "more memory touched than the host has numbers for: SIGBUS, ENOSPC, the rest is intact",
+        region_numbers,
+    ),
     Case::thinram(
         "debug/no-large",
         "no 2 MiB in one piece: 4 KiB, and 2 MiB the next time",
@@ -221,6 +227,60 @@ fn lost_hint(ctx: &Ctx) -> Result<()> {
         page_is("an equal page", &b.map.read_page(page), &expected)?;
     }
     Ok(())
+}
+
+fn region_numbers(ctx: &Ctx) -> Result<()> {
+    // So many the switch leaves.
+    const NUMBERS: usize = 8;
+    const BEYOND: usize = NUMBERS * LARGE;
+    let few = Switch::new(ctx, "break_region_numbers")?;
+    few.set(1)?;
+    let mount = ctx.mount("m", "size=64M")?;
+    let guest = mount.guest("web", BEYOND + LARGE)?;
+    let sys = ctx.sys();
+    let refused = || -> Result<()> {
+        for write in [false, true] {
+            sys::fork(|| {
+                let map = Map::shared(&guest.file, 0, (BEYOND + LARGE) * PAGE, RW)?;
+                if write {
+                    map.set(BEYOND, 0, 1);
+                } else {
+                    map.get(BEYOND, 0);
+                }
+                bail!("a page without a number was touched")
+            })?
+            .expect_signal(Signal::SIGBUS, ctx.limit(10.0))?;
+        }
+        let at = (BEYOND * PAGE) as i64;
+        eq(
+            "write(2)",
+            sys::pwrite(&guest.file, &[1; 64], at),
+            Err(Errno::ENOSPC),
+        )?;
+        let allocated = sys::fallocate(&guest.file, 0, at, PAGE as i64);
+        eq("fallocate", allocated, Err(Errno::ENOSPC))
+    };
+    guest.fill(0, BEYOND, 1);
+    let empty = || sys.vm("web").get("empty_kb");
+    let before = empty()?;
+    refused()?;
+    eq("empty_kb after the refusals", empty()?, before)?;
+    guest.holds(0, BEYOND, 1)?;
+    // A hole leaves the region its number, the end of the file does not.
+    sys::punch(&guest.file, 0, (LARGE * PAGE) as u64)?;
+    refused()?;
+    let other = mount.guest("other", 1)?;
+    let written = sys::pwrite(&other.file, &[1; 64], 0);
+    eq("write(2) to another VM", written, Err(Errno::ENOSPC))?;
+    few.set(0)?;
+    guest.fill(BEYOND, BEYOND + 1, 1);
+    guest.is_zero(0, LARGE)?;
+    guest.holds(LARGE, BEYOND + 1, 1)?;
+    fs::remove_file(&guest.path)?;
+    drop(guest);
+    few.set(1)?;
+    other.fill(0, 1, 1);
+    other.holds(0, 1, 1)
 }
 
 /// More failures than any of the operations comes to.
