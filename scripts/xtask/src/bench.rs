@@ -427,8 +427,8 @@ fn one(dup_percent: u32, smart: bool, empty: u64) -> Result<Run> {
     })
 }
 
-/// Runs inside User-Mode Linux.
-pub fn run() -> Result<bool> {
+/// Runs inside User-Mode Linux, with `percents` of duplicates if any are named.
+pub fn run(percents: &[u32]) -> Result<bool> {
     sh(Command::new("sh").args(["-c", "echo none >/sys/kernel/mm/ksm/advisor_mode || true"]))?;
     let thinram = Thinram {
         dir: "/sys/fs/thinram".into(),
@@ -436,7 +436,12 @@ pub fn run() -> Result<bool> {
     // What is there without any guest; the tables grow with the first, and are counted for each.
     let empty = thinram.metadata()?;
     let mut runs = Vec::new();
-    for dup_percent in [25, 50, 90] {
+    let percents = if percents.is_empty() {
+        &[25, 50, 90]
+    } else {
+        percents
+    };
+    for &dup_percent in percents {
         for smart in [false, true] {
             let run = one(dup_percent, smart, empty)
                 .with_context(|| format!("{dup_percent} % duplicates, smart_scan {smart}"))?;

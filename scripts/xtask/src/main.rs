@@ -92,7 +92,13 @@ enum Task {
 
 #[derive(Subcommand)]
 enum Inside {
-    /// The part of the benchmark that compares compression
+    /// The part of the benchmark that compares scanners
+    BenchScan {
+        /// Only with so many percent duplicates; may be repeated
+        #[arg(long)]
+        dup: Vec<u32>,
+    },
+    /// The part of it that compares compression
     BenchCache,
     /// The benchmark
     Bench,
@@ -134,7 +140,8 @@ fn work(task: Task) -> Result<ExitCode> {
     env::require_sysroot()?;
     if let Task::Inside(task) = task {
         let good = match task {
-            Inside::Bench => bench::run()? & bench_cache::run()?,
+            Inside::Bench => bench::run(&[])? & bench_cache::run()?,
+            Inside::BenchScan { dup } => bench::run(&dup)?,
             Inside::BenchLarge => large::run()?,
             Inside::BenchCache => bench_cache::run()?,
             Inside::BenchContention { on } => contention::run(&on)?,
