@@ -198,8 +198,8 @@ fn answer(backing: &Backing, mut fault: Fault, make_writable: bool) -> Answer {
             return Answer::Done;
         }
         guard.revive(index);
-        if guard.touch(index) {
-            backing.vm().sample.count_touched(1);
+        if let Some(own) = guard.touch(index) {
+            backing.vm().sample.count_touched(1, usize::from(own));
         }
         let step = look(
             backing,

@@ -100,7 +100,8 @@ pub(crate) fn serve(backing: &Backing, fault: Fault) -> Answer {
         }
     }
     count(&backing.vm().events.faults);
-    backing.vm().sample.count_touched(guard.touch_all());
+    let (touched, own) = guard.touch_all();
+    backing.vm().sample.count_touched(touched, own);
     guard.revive_all();
     let writable = fault.is_write() || !guard.is_any_protected();
     if writable && guard.all_may_change() {

@@ -10,6 +10,10 @@
 //! nothing takes pages whether they are in use or not, and if that frees nothing either the VM is
 //! left alone for a while.
 //!
+//! For the host's sake pages that are not in use go first, whoever has them (`logic::funding`). Which VM
+//! has any its sample tells, and what came back to it since; a VM of which two sweeps found hardly any
+//! has none until it is sampled anew. Such a sweep takes no page that was touched since the last one.
+//!
 //! Lock order: region > index. The region lock is held for 64 pages, or for fewer when somebody waits
 //! for it.
 
@@ -25,7 +29,8 @@ use super::{
 use crate::{
     logic::{
         bell::Ear,
-        funding::{self, Holding},
+        counts::Class,
+        funding::{self, Holding, Pages, Victim},
         slot::State,
         state::HostState,
     },
@@ -58,6 +63,10 @@ const STUCK_US: u64 = 500_000;
 const STUCK_DOUBLINGS: u32 = 4;
 /// So many sweeps without gain, and the next takes pages that are in use.
 const GENTLE_SWEEPS: u32 = 2;
+/// A sweep that frees less than this part of what it went over found hardly anything.
+const LEAN_PART: u64 = 64;
+/// For so long a VM with idle memory in folios waits for the splitter.
+const SPLIT_US: u64 = 2_000_000;
 /// KiB of a page.
 const PAGE_KB: u64 = 4;
 
@@ -109,6 +118,17 @@ enum Next {
     Again,
 }
 
+/// Which pages a sweep takes.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Need {
+    /// Those that were not touched; others pay when there are hardly any.
+    Idle,
+    /// Those that were not touched.
+    Cold,
+    /// Also others, if there are none.
+    Any,
+}
+
 /// What the thread works with.
 struct Worker {
     sampler: Sampler,
@@ -154,7 +174,11 @@ impl Worker {
                 return Next::Soon;
             }
             let wanted = over_kb.div_ceil(PAGE_KB).min(STEP_PAGES);
-            if self.sweep(host, vm, wanted, vm.is_over_limit()) {
+            let need = match vm.is_over_limit() {
+                true => Need::Any,
+                false => Need::Cold,
+            };
+            if self.sweep(host, vm, wanted, need) {
                 return Next::Soon;
             }
         }
@@ -173,29 +197,27 @@ impl Worker {
         for _ in 0..STEPS_PER_ROUND {
             let wanted = host.pressure.wanted_kb().div_ceil(PAGE_KB);
             if wanted == 0 || task::should_stop() {
+                vms.iter().for_each(|vm| vm.forget_sweeps());
                 return Next::Idle;
             }
             let more_shared = self.take_shared(host, vms, wanted) == cold::Step::Busy;
-            // Others pay for one that rests only when there is no time to lose.
-            let urgent = host.state() == HostState::Low;
-            let tax = host.knobs.idle_tax_percent.load(Ordering::Relaxed);
-            let holdings = vms.iter().map(|vm| {
-                if is_stuck(vm) || urgent && self.rests(vm) {
-                    Holding::default()
-                } else {
-                    vm.holding(host)
-                }
-            });
-            let poorest = funding::poorest(holdings, tax).and_then(|place| vms.get(place));
-            let Some(vm) = poorest.filter(|vm| !self.rests(vm)) else {
+            let Some((vm, victim)) = self.victim(host, vms) else {
                 if more_shared {
                     host.pressure.look();
                     continue;
                 }
                 return Next::Soon;
             };
-            let spare = vm.holding(host).spare();
-            if self.sweep(host, vm, STEP_PAGES.min(spare).min(wanted), true) {
+            let wanted = STEP_PAGES.min(victim.pages).min(wanted);
+            let waits = match victim.with {
+                Pages::Any => self.sweep(host, vm, wanted, Need::Any),
+                Pages::Idle if vm.idle_pages() > 0 => {
+                    let idle = wanted.min(vm.idle_pages());
+                    self.sweep(host, vm, idle, Need::Idle)
+                }
+                Pages::Idle => self.shrink_pool(host, vm, wanted),
+            };
+            if waits {
                 return Next::Soon;
             }
             host.pressure.look();
@@ -204,9 +226,54 @@ impl Worker {
         Next::Again
     }
 
-    /// Goes on with the sweep of a VM until `wanted` pages were taken or the hand came round. Pages
-    /// in use are taken only if that `must` be. True when it has to wait for the swap file.
-    fn sweep(&mut self, host: &Host, vm: &Vm, wanted: u64, must: bool) -> bool {
+    /// Who pays next; `None` when all that could are to be left alone for now.
+    fn victim<'a>(&self, host: &Host, vms: &'a [Arc<Vm>]) -> Option<(&'a Arc<Vm>, Victim)> {
+        let tax = host.knobs.idle_tax_percent.load(Ordering::Relaxed);
+        let poorest = |may: &dyn Fn(&Vm) -> bool| {
+            let holdings = vms.iter().map(|vm| match may(vm) {
+                true => vm.holding(host),
+                false => Holding::default(),
+            });
+            let victim = funding::poorest(holdings, tax)?;
+            Some((vms.get(victim.place)?, victim))
+        };
+        if host.state() != HostState::Low {
+            // Others do not pay for one that rests.
+            return poorest(&|vm| !is_stuck(vm)).filter(|(vm, _)| !self.rests(vm));
+        }
+        // No time to lose: rather than that others pay with pages in use, a rest is cut short.
+        let rested = poorest(&|vm| !is_stuck(vm) && !self.rests(vm));
+        let is_idle = |(_, victim): &(&Arc<Vm>, Victim)| victim.with == Pages::Idle;
+        if rested.as_ref().is_some_and(is_idle) {
+            return rested;
+        }
+        poorest(&|vm| !is_stuck(vm) && !vm.wants_small())
+            .filter(is_idle)
+            .or(rested)
+    }
+
+    /// Moves what takes `wanted` pages of a VM's pool to its swap file. True when it has to wait for that.
+    fn shrink_pool(&mut self, host: &Host, vm: &Vm, wanted: u64) -> bool {
+        let mut clock = vm.clock();
+        let (moved, ready) = match made(&mut self.scratch, Scratch::new) {
+            Some(scratch) => {
+                let goal = vm.store().pages().saturating_sub(wanted);
+                evict(host, vm, &mut clock, scratch, goal)
+            }
+            None => (0, Ready::No),
+        };
+        let waits = moved == 0 && ready == Ready::Soon;
+        if moved == 0 && !waits {
+            clock.pool_rest_until_us = clock::now_us().saturating_add(STUCK_US);
+        }
+        vm.set_clock(clock);
+        vm.relieve_waiters();
+        waits
+    }
+
+    /// Goes on with the sweep of a VM until `wanted` pages that it has a `need` of were taken or the hand
+    /// came round. True when it has to wait for the swap file, or for memory to work in.
+    fn sweep(&mut self, host: &Host, vm: &Vm, wanted: u64, need: Need) -> bool {
         let mut clock = vm.clock();
         let (Some(compressor), Some(scratch), Ok(())) = (
             made(&mut self.compressor, || Compressor::new().ok()),
@@ -215,13 +282,13 @@ impl Worker {
         ) else {
             clock.rest_until_us = clock::now_us().saturating_add(STUCK_US);
             vm.set_clock(clock);
-            return false;
+            return true;
         };
         let swaps = vm.swap().is_on(&host.swap);
         let mut taking = Taking {
             host,
             compressor,
-            force: must && clock.barren >= GENTLE_SWEEPS,
+            force: need == Need::Any && clock.barren >= GENTLE_SWEEPS,
             left: wanted,
             full: false,
             needs_swap: false,
@@ -262,7 +329,9 @@ impl Worker {
             return true;
         }
         let (full, ended) = (taking.full, taking.left > 0 && !task::should_stop());
-        let mut in_vain = ended && clock.freed == 0 && clock.barren >= GENTLE_SWEEPS;
+        // A sweep for idle pages alone is not in vain: there are others.
+        let mut in_vain =
+            ended && need != Need::Idle && clock.freed == 0 && clock.barren >= GENTLE_SWEEPS;
         let mut moved = 0;
         if in_vain && swaps {
             // All that can be is compressed, and that is not enough.
@@ -276,6 +345,9 @@ impl Worker {
             in_vain = went == 0;
         }
         if ended && !full {
+            if need == Need::Idle {
+                judge(host, vm, &mut clock);
+            }
             clock.barren = match clock.freed {
                 0 if !in_vain => clock.barren.saturating_add(1),
                 _ => 0,
@@ -373,6 +445,33 @@ impl Worker {
         }
         Next::Soon
     }
+}
+
+/// Draws the conclusion from a whole sweep for pages that are not in use.
+fn judge(host: &Host, vm: &Vm, clock: &mut Clock) {
+    let pages = vm.snapshot().pages;
+    let small = pages.get(Class::Private);
+    let lean = clock.freed.saturating_mul(LEAN_PART) <= small;
+    clock.lean = if lean {
+        clock.lean.saturating_add(1)
+    } else {
+        0
+    };
+    let now_us = clock::now_us();
+    let none_left = clock.lean >= GENTLE_SWEEPS;
+    if none_left && clock.lean_since_us == 0 {
+        clock.lean_since_us = now_us;
+    }
+    // What is idle may lie in folios, which no sweep takes: they have to be split before.
+    let may_split =
+        pages.get(Class::Huge) > 0 && now_us.saturating_sub(clock.lean_since_us) < SPLIT_US;
+    vm.set_wants_small(none_left && may_split);
+    if none_left && may_split {
+        host.splitter_bell.ring();
+        return;
+    }
+    clock.spent = none_left;
+    clock.lean_since_us = 0;
 }
 
 /// What to work with, made when it is first needed.
@@ -629,25 +728,43 @@ fn mark_unfair(host: &Host, vms: &[Arc<Vm>]) {
 }
 
 impl Vm {
+    /// Its pages of memory that a sweep may take and that are surely not in use.
+    fn idle_pages(&self) -> u64 {
+        if self.clock().spent {
+            return 0;
+        }
+        let pages = self.snapshot().pages;
+        let taken = (pages.get(Class::Private)).saturating_add(pages.get(Class::Huge));
+        taken.saturating_sub(self.sample.own_in_use(self.standing()).most)
+    }
+
+    /// Pages of its pool that can go to its swap file. Nobody uses them.
+    fn stored_pages(&self, host: &Host) -> u64 {
+        let rests = self.clock().pool_rest_until_us > clock::now_us();
+        match rests || !self.swap().is_on(&host.swap) {
+            true => 0,
+            false => self.store().pages().saturating_sub(LEAST_ROOM),
+        }
+    }
+
     /// What the VM holds and pays. Of shared frames it holds as much as all of the host's sharers
-    /// hold on average.
+    /// hold on average; they are not taken from a VM, and count as in use.
     fn holding(&self, host: &Host) -> Holding {
-        let shared = self
-            .snapshot()
-            .pages
-            .get(crate::logic::counts::Class::Shared);
+        let counted = self.snapshot().pages;
+        let shared = counted.get(Class::Shared);
         let figures = host.figures();
         let slots = figures.pages_shared.saturating_add(figures.pages_sharing);
         let away = figures.packed.saturating_add(figures.swapped);
         let held =
             (figures.pages_shared.saturating_sub(away)).saturating_add(host.shared_pools.pages());
         let frames = shared.saturating_mul(held).checked_div(slots).unwrap_or(0);
-        let own = self.resident_kb() / PAGE_KB;
-        let pages = own.saturating_add(frames);
+        let taken = (counted.get(Class::Private)).saturating_add(counted.get(Class::Huge));
+        let in_use = self.sample.own_in_use(self.standing()).likely.min(taken);
         Holding {
             shares: self.claims.shares.load(Ordering::Relaxed),
-            pages,
-            active: self.sample.active_pages(self.filled_pages()),
+            pages: (self.resident_kb() / PAGE_KB).saturating_add(frames),
+            active: in_use.saturating_add(frames),
+            idle: self.idle_pages().saturating_add(self.stored_pages(host)),
             reserved: (self
                 .claims
                 .reservation_kb

@@ -498,15 +498,22 @@ impl RegionGuard<'_> {
         self.region.watch.store(watch.word(), Ordering::Relaxed);
     }
 
-    /// Takes the page out of every page table, and notes whether it is touched from here on. False
-    /// when there is no room for one more, or the page is under watch.
-    pub(crate) fn watch(&mut self, index: usize) -> bool {
-        let Some(watch) = self.watched().watch(index) else {
-            return false;
-        };
+    /// Takes the page out of every page table, and notes whether it is touched from here on. Whether
+    /// it is the VM's own now; `None` when there is no room for one more, or the page is under watch.
+    pub(crate) fn watch(&mut self, index: usize) -> Option<bool> {
+        let own = self.is_own(index);
+        let watch = self.watched().watch(index, own)?;
         self.zap(index);
         self.set_watched(watch);
-        true
+        Some(own)
+    }
+
+    /// Whether the page holds data that are the VM's alone, wherever they are.
+    fn is_own(&self, index: usize) -> bool {
+        !matches!(
+            self.slot(index).state(),
+            State::Empty | State::Zero | State::Shared
+        )
     }
 
     /// Ends the watch over all pages.
@@ -514,21 +521,19 @@ impl RegionGuard<'_> {
         self.set_watched(Watch::NONE);
     }
 
-    /// The page is touched: true if it was under watch.
+    /// The page is touched: if it was under watch, whether it was the VM's own then.
     #[inline]
-    pub(crate) fn touch(&mut self, index: usize) -> bool {
-        let Some(rest) = self.watched().touched(index) else {
-            return false;
-        };
+    pub(crate) fn touch(&mut self, index: usize) -> Option<bool> {
+        let (rest, own) = self.watched().touched(index)?;
         self.set_watched(rest);
-        true
+        Some(own)
     }
 
-    /// Some page of a 2 MiB page is touched: how many were under watch.
-    pub(crate) fn touch_all(&mut self) -> usize {
-        let watched = self.watched().len();
+    /// Some page of a 2 MiB page is touched: how many were under watch, and were the VM's own.
+    pub(crate) fn touch_all(&mut self) -> (usize, usize) {
+        let watched = self.watched();
         self.set_watched(Watch::NONE);
-        watched
+        (watched.len(), watched.own())
     }
 
     /// Takes the page out of every page table.

@@ -7,6 +7,9 @@
 //! regions, up to four pages in each; a region of one 2 MiB page counts as a whole. Memory that came
 //! since the period began is in use: a guest that fills its memory would else look idle.
 //!
+//! Who pays for a host that is short is asked of a VM's own pages alone, for only those can be taken from
+//! it, and how sure the answer is counts too ([`Sample::own_in_use`]).
+//!
 //! Taking a page out costs the guest a fault, and a 2 MiB page has no fault but these. So on a host
 //! with memory they are taken out only while somebody asks for `active_kb`, and count as in use
 //! otherwise: whoever does not ask runs as on hugetlbfs.
@@ -30,6 +33,80 @@ const UNKNOWN: u64 = u64::MAX;
 /// Periods for which one question keeps 2 MiB pages under watch.
 const ASKED_PERIODS: u64 = 10;
 
+/// Fewer samples than these tell nothing of what is a VM's own.
+const LEAST_SAMPLES: u64 = 4;
+
+/// What a VM has, in pages, and what came back to it so far.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Standing {
+    /// Pages that are not empty, wherever they are.
+    pub(crate) filled: u64,
+    /// Pages of them that are its own: neither shared nor zero.
+    pub(crate) own: u64,
+    /// Times that a page came back from its pool or its swap file.
+    pub(crate) returned: u64,
+}
+
+/// How many of a VM's own pages are in use.
+#[derive(Clone, Copy)]
+pub(crate) struct InUse {
+    /// The best guess.
+    pub(crate) likely: u64,
+    /// Hardly ever more.
+    pub(crate) most: u64,
+}
+
+/// Pages, and those of them that are the VM's own.
+struct Tally {
+    all: AtomicU64,
+    own: AtomicU64,
+}
+
+impl Tally {
+    const fn new() -> Tally {
+        Tally {
+            all: AtomicU64::new(0),
+            own: AtomicU64::new(0),
+        }
+    }
+
+    fn add(&self, all: usize, own: usize) {
+        self.all.fetch_add(all as u64, Ordering::Relaxed);
+        self.own.fetch_add(own as u64, Ordering::Relaxed);
+    }
+
+    /// Begins anew.
+    fn take(&self) -> (u64, u64) {
+        (
+            self.all.swap(0, Ordering::Relaxed),
+            self.own.swap(0, Ordering::Relaxed),
+        )
+    }
+}
+
+/// A VM's [`Standing`] when a period began.
+struct Began {
+    filled: AtomicU64,
+    own: AtomicU64,
+    returned: AtomicU64,
+}
+
+impl Began {
+    fn get(&self) -> Standing {
+        Standing {
+            filled: self.filled.load(Ordering::Relaxed),
+            own: self.own.load(Ordering::Relaxed),
+            returned: self.returned.load(Ordering::Relaxed),
+        }
+    }
+
+    fn set(&self, now: Standing) {
+        self.filled.store(now.filled, Ordering::Relaxed);
+        self.own.store(now.own, Ordering::Relaxed);
+        self.returned.store(now.returned, Ordering::Relaxed);
+    }
+}
+
 /// What sampling knows of a VM. Only the reclaimer's thread changes it, but for `touched` and `asked`.
 pub(crate) struct Sample {
     /// Regions that the VM had when the period began.
@@ -37,13 +114,16 @@ pub(crate) struct Sample {
     /// Regions that were seen so far, of a walk.
     seen: AtomicU64,
     /// Pages under watch.
-    watched: AtomicU64,
+    watched: Tally,
     /// Those that were touched.
-    touched: AtomicU64,
+    touched: Tally,
     /// The last estimate in pages.
     active: AtomicU64,
-    /// Pages that were not empty when the period began.
-    began: AtomicU64,
+    /// The same of its own pages alone.
+    own: AtomicU64,
+    /// And by how much that may be wrong.
+    own_noise: AtomicU64,
+    began: Began,
     /// Periods that 2 MiB pages are still watched for, because somebody asked.
     asked: AtomicU64,
 }
@@ -54,10 +134,16 @@ impl Sample {
         Sample {
             regions: AtomicU64::new(0),
             seen: AtomicU64::new(0),
-            watched: AtomicU64::new(0),
-            touched: AtomicU64::new(0),
+            watched: Tally::new(),
+            touched: Tally::new(),
             active: AtomicU64::new(UNKNOWN),
-            began: AtomicU64::new(0),
+            own: AtomicU64::new(UNKNOWN),
+            own_noise: AtomicU64::new(0),
+            began: Began {
+                filled: AtomicU64::new(0),
+                own: AtomicU64::new(0),
+                returned: AtomicU64::new(0),
+            },
             asked: AtomicU64::new(0),
         }
     }
@@ -71,9 +157,9 @@ impl Sample {
         self.asked.load(Ordering::Relaxed) > 0
     }
 
-    /// So many pages under watch were touched.
-    pub(crate) fn count_touched(&self, pages: usize) {
-        self.touched.fetch_add(pages as u64, Ordering::Relaxed);
+    /// So many pages under watch were touched; so many of them were the VM's own.
+    pub(crate) fn count_touched(&self, pages: usize, own: usize) {
+        self.touched.add(pages, own);
     }
 
     /// Pages in use of `filled` that are not empty: those of the last estimate and what came since the
@@ -81,36 +167,72 @@ impl Sample {
     pub(crate) fn active_pages(&self, filled: u64) -> u64 {
         match self.active.load(Ordering::Relaxed) {
             UNKNOWN => filled,
-            active => active.saturating_add(self.grown(filled)).min(filled),
+            active => {
+                let grown = filled.saturating_sub(self.began.get().filled);
+                active.saturating_add(grown).min(filled)
+            }
         }
     }
 
-    /// Pages that came since the period began.
-    fn grown(&self, filled: u64) -> u64 {
-        filled.saturating_sub(self.began.load(Ordering::Relaxed))
+    /// Its own pages that are in use: those of the last estimate, what came since the period began, and
+    /// what was taken away and came back since then. All of them without an estimate.
+    pub(crate) fn own_in_use(&self, now: Standing) -> InUse {
+        let own = self.own.load(Ordering::Relaxed);
+        if own == UNKNOWN {
+            return InUse {
+                likely: now.own,
+                most: now.own,
+            };
+        }
+        let began = self.began.get();
+        let likely = own
+            .saturating_add(now.own.saturating_sub(began.own))
+            .saturating_add(now.returned.saturating_sub(began.returned));
+        let most = likely.saturating_add(self.own_noise.load(Ordering::Relaxed));
+        InUse {
+            likely: likely.min(now.own),
+            most: most.min(now.own),
+        }
     }
 
-    /// Ends a period and begins the next one with `filled` pages that are not empty. What it saw counts
-    /// if it was a `whole` one; else the estimate before it holds.
-    fn end(&self, filled: u64, whole: bool) {
-        let outcome = Outcome {
-            watched: self.watched.swap(0, Ordering::Relaxed),
-            touched: self.touched.swap(0, Ordering::Relaxed),
-        };
+    /// Ends a period and begins the next one with what the VM has `now`. What it saw counts if it was a
+    /// `whole` one; else the estimates before it hold.
+    fn end(&self, now: Standing, whole: bool) {
+        let ((watched, watched_own), (touched, touched_own)) =
+            (self.watched.take(), self.touched.take());
         let pages = self
             .regions
             .swap(0, Ordering::Relaxed)
             .saturating_mul(SLOTS as u64);
+        let (outcome, outcome_own) = (
+            Outcome { watched, touched },
+            Outcome {
+                watched: watched_own,
+                touched: touched_own,
+            },
+        );
+        let began = self.began.get();
         let before = self.active.load(Ordering::Relaxed);
         let seen = match whole {
             true => outcome.active(pages),
             false => Some(before).filter(|&active| active != UNKNOWN),
         };
         if let Some(active) = seen {
-            let active = active.saturating_add(self.grown(filled));
-            self.active.store(active.min(filled), Ordering::Relaxed);
+            let grown = now.filled.saturating_sub(began.filled);
+            let active = active.saturating_add(grown).min(now.filled);
+            self.active.store(active, Ordering::Relaxed);
         }
-        self.began.store(filled, Ordering::Relaxed);
+        if whole {
+            let seen = outcome_own
+                .active(began.own)
+                .filter(|_| watched_own >= LEAST_SAMPLES);
+            let grown = now.own.saturating_sub(began.own);
+            let own = seen.map_or(UNKNOWN, |own| own.saturating_add(grown).min(now.own));
+            self.own.store(own, Ordering::Relaxed);
+            let noise = outcome_own.noise(began.own);
+            self.own_noise.store(noise, Ordering::Relaxed);
+        }
+        self.began.set(now);
         self.seen.store(0, Ordering::Relaxed);
         let _ = (self.asked).fetch_update(Ordering::Relaxed, Ordering::Relaxed, |periods| {
             periods.checked_sub(1)
@@ -155,7 +277,8 @@ impl Sampler {
         self.began_us = now_us;
         self.spares = !short;
         for vm in vms {
-            vm.sample.end(vm.filled_pages(), over);
+            vm.sample.end(vm.standing(), over);
+            vm.sampled_anew();
         }
         if over {
             count(&host.events.active_samples);
@@ -181,10 +304,10 @@ impl Sampler {
             let spared = self.spares && guard.huge().is_some() && !sample.is_asked();
             for _ in 0..pages {
                 if spared {
-                    count(&sample.watched);
-                    count(&sample.touched);
-                } else if guard.watch(self.draw()) {
-                    count(&sample.watched);
+                    sample.watched.add(1, 1);
+                    sample.touched.add(1, 1);
+                } else if let Some(own) = guard.watch(self.draw()) {
+                    sample.watched.add(1, usize::from(own));
                 }
             }
             drop(guard);

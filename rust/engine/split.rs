@@ -240,7 +240,8 @@ impl Host {
 
     /// Whether the VM's memory is to be compressed, and there is nothing left of it but folios.
     fn needs_small(&self, vm: &Vm) -> bool {
-        vm.is_stuck() && (vm.is_over_limit() || self.state() >= HostState::Hard)
+        let hard = self.state() >= HostState::Hard;
+        vm.is_stuck() && (vm.is_over_limit() || hard) || vm.wants_small() && hard
     }
 
     /// The folios to split next.

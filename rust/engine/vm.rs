@@ -4,7 +4,11 @@
 //!
 //! Lock order: the VM list > a VM's domain. A VM's counts are a leaf under any region lock.
 
-use super::{host::Knobs, sample::Sample, volume::Swap};
+use super::{
+    host::Knobs,
+    sample::{Sample, Standing},
+    volume::Swap,
+};
 use crate::{
     logic::{
         bell::Request,
@@ -149,6 +153,14 @@ pub(crate) struct Clock {
     pub(crate) stuck: u32,
     /// It is left alone until then.
     pub(crate) rest_until_us: u64,
+    /// Sweeps in a row for pages that are not in use which found hardly any.
+    pub(crate) lean: u32,
+    /// Since when the splitter was asked for small pages because of that; 0 if it was not.
+    pub(crate) lean_since_us: u64,
+    /// Whatever the sample says, sweeps found that all of its pages are in use.
+    pub(crate) spent: bool,
+    /// Its pool cannot be made smaller before.
+    pub(crate) pool_rest_until_us: u64,
 }
 
 /// How much memory a VM may have, and what it pays; read without a lock.
@@ -205,6 +217,8 @@ pub(crate) struct Vm {
     relieved: CondVar,
     /// The reclaimer found nothing more to take.
     stuck: AtomicBool,
+    /// It has idle memory in folios only.
+    wants_small: AtomicBool,
     /// It holds more than its fair share.
     over_share: AtomicBool,
     owner_pid: AtomicI32,
@@ -340,10 +354,25 @@ impl Vm {
 
     /// Pages that are not empty, wherever they are.
     pub(crate) fn filled_pages(&self) -> u64 {
+        self.standing().filled
+    }
+
+    /// What it has, and what came back to it.
+    pub(super) fn standing(&self) -> Standing {
         let pages = self.snapshot().pages;
-        pages
-            .total()
-            .saturating_sub(pages.get(counts::Class::Empty))
+        let not_own = [
+            counts::Class::Empty,
+            counts::Class::Zero,
+            counts::Class::Shared,
+        ];
+        let of = |class: &counts::Class| pages.get(*class);
+        let not_own = not_own.iter().map(of).fold(0, u64::saturating_add);
+        Standing {
+            filled: (pages.total()).saturating_sub(pages.get(counts::Class::Empty)),
+            own: pages.total().saturating_sub(not_own),
+            returned: (self.events.decompressions.load(Ordering::Relaxed))
+                .saturating_add(self.swap.ins.load(Ordering::Relaxed)),
+        }
     }
 
     /// KiB that the VM itself holds.
@@ -433,6 +462,24 @@ impl Vm {
         self.stuck.store(stuck, Ordering::Relaxed);
     }
 
+    /// Whether its folios are to be split, whatever they would give back: there is no other idle memory.
+    pub(crate) fn wants_small(&self) -> bool {
+        self.wants_small.load(Ordering::Relaxed)
+    }
+
+    /// Only the reclaimer calls this.
+    pub(super) fn set_wants_small(&self, wanted: bool) {
+        self.wants_small.store(wanted, Ordering::Relaxed);
+    }
+
+    /// The host has memory: what sweeps found by now is of no use the next time.
+    pub(super) fn forget_sweeps(&self) {
+        self.set_wants_small(false);
+        let mut clock = self.clock.lock();
+        clock.lean = 0;
+        clock.lean_since_us = 0;
+    }
+
     /// Whether it held more than its fair share when the host became short of memory.
     pub(crate) fn is_over_share(&self) -> bool {
         self.over_share.load(Ordering::Relaxed)
@@ -451,8 +498,17 @@ impl Vm {
             clock.barren = 0;
             clock.stuck = 0;
             clock.rest_until_us = 0;
+            clock.spent = false;
+            clock.pool_rest_until_us = 0;
         }
         *clock
+    }
+
+    /// What is known of its working set is new.
+    pub(super) fn sampled_anew(&self) {
+        let mut clock = self.clock.lock();
+        clock.spent = false;
+        clock.lean = 0;
     }
 
     /// Only the reclaimer calls this.
@@ -799,6 +855,7 @@ impl Vm {
                 relief <- new_mutex!((), "thinram_vm_relief"),
                 relieved <- new_condvar!("thinram_vm_relieved"),
                 stuck: AtomicBool::new(false),
+                wants_small: AtomicBool::new(false),
                 over_share: AtomicBool::new(false),
                 owner_pid: AtomicI32::new(0),
                 payer <- new_spinlock!(None, "thinram_vm_payer"),

@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Which VM gives memory when the host is short of it: min-funding revocation with an idle tax
-//! (Waldspurger, OSDI 2002).
+//! (Waldspurger, OSDI 2002), of memory that is not in use before memory that is.
 //!
 //! A VM pays for its memory with its shares. Memory that it does not use costs more, by `1 / (1 -
 //! tax)`. Whoever pays least for a page, `rho = shares / (active + idle / (1 - tax))`, gives one up.
+//!
+//! By that alone a VM that uses nothing keeps `1 - tax` of what its neighbour has, while the neighbour
+//! thrashes. So as long as somebody has pages to spare that are surely not in use, rho chooses among
+//! those, and no other pages are taken; pages in use are paid with when there are no idle ones left.
+//! Without a tax idle pages are no worse than others, and shares alone decide.
 
 /// What a VM holds and pays.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -13,8 +18,10 @@ pub struct Holding {
     pub shares: u64,
     /// Pages that it holds.
     pub pages: u64,
-    /// Pages of them that it uses.
+    /// Pages of them that it uses, by the best guess.
     pub active: u64,
+    /// Pages of them that can be taken and are surely not in use.
+    pub idle: u64,
     /// Pages that it may be left with at least.
     pub reserved: u64,
 }
@@ -23,6 +30,11 @@ impl Holding {
     /// Pages that may be taken.
     pub fn spare(&self) -> u64 {
         self.pages.saturating_sub(self.reserved)
+    }
+
+    /// Pages that may be taken and are surely not in use.
+    pub fn idle_spare(&self) -> u64 {
+        self.idle.min(self.spare())
     }
 
     /// Pages that the tax makes of it, times `100 - tax`.
@@ -43,19 +55,46 @@ impl Holding {
     }
 }
 
-/// The place of the one that pays least among those that have pages to spare.
-pub fn poorest(holdings: impl Iterator<Item = Holding>, tax_percent: u64) -> Option<usize> {
-    holdings
-        .enumerate()
-        .filter(|(_, holding)| holding.spare() > 0)
-        .reduce(|least, next| {
-            if next.1.pays_less_than(&least.1, tax_percent) {
-                next
-            } else {
-                least
-            }
-        })
-        .map(|(place, _)| place)
+/// Which pages are to be taken.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Pages {
+    /// Those that are not in use.
+    Idle,
+    /// Any.
+    Any,
+}
+
+/// Who pays.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Victim {
+    /// Its place.
+    pub place: usize,
+    /// With which pages.
+    pub with: Pages,
+    /// And how many at most.
+    pub pages: u64,
+}
+
+/// Chooses the one that pays least: among those that have idle pages to spare if the tax is above 0
+/// and there are any, else among those that have pages to spare.
+pub fn poorest(holdings: impl Iterator<Item = Holding>, tax_percent: u64) -> Option<Victim> {
+    let (mut of_idle, mut of_any): (Option<(usize, Holding)>, Option<(usize, Holding)>) =
+        (None, None);
+    for (place, holding) in holdings.enumerate() {
+        let is_poorer = |least: &Option<(usize, Holding)>| {
+            least.is_none_or(|(_, least)| holding.pays_less_than(&least, tax_percent))
+        };
+        if holding.spare() > 0 && is_poorer(&of_any) {
+            of_any = Some((place, holding));
+        }
+        if tax_percent > 0 && holding.idle_spare() > 0 && is_poorer(&of_idle) {
+            of_idle = Some((place, holding));
+        }
+    }
+    let idle = of_idle.map(|(place, holding)| (place, Pages::Idle, holding.idle_spare()));
+    let any = of_any.map(|(place, holding)| (place, Pages::Any, holding.spare()));
+    let (place, with, pages) = idle.or(any)?;
+    Some(Victim { place, with, pages })
 }
 
 /// The pages that a VM may hold when all there are were dealt out by shares.
@@ -73,57 +112,135 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Of which all that is not `active` is surely idle.
     fn holding(shares: u64, pages: u64, active: u64) -> Holding {
         Holding {
             shares,
             pages,
             active,
+            idle: pages.saturating_sub(active),
             reserved: 0,
+        }
+    }
+
+    fn place(vms: &[Holding], tax_percent: u64) -> Option<usize> {
+        poorest(vms.iter().copied(), tax_percent).map(|victim| victim.place)
+    }
+
+    /// Takes a page from whom it is due `times` times.
+    fn take(vms: &mut [Holding], tax_percent: u64, times: u64) {
+        for _ in 0..times {
+            let Some(victim) = poorest(vms.iter().copied(), tax_percent) else {
+                return;
+            };
+            let vm = &mut vms[victim.place];
+            vm.pages -= 1;
+            match victim.with {
+                Pages::Idle => vm.idle -= 1,
+                // Cold ones first, as the sweep does.
+                Pages::Any if vm.idle > 0 => vm.idle -= 1,
+                Pages::Any => vm.active -= 1,
+            }
         }
     }
 
     #[test]
     fn equal_shares_and_use_the_larger_pays() {
         let vms = [holding(1000, 500, 500), holding(1000, 900, 900)];
-        assert_eq!(poorest(vms.into_iter(), 75), Some(1));
+        assert_eq!(place(&vms, 75), Some(1));
+        let victim = poorest(vms.into_iter(), 75).unwrap();
+        assert_eq!((victim.with, victim.pages), (Pages::Any, 900));
     }
 
     #[test]
     fn idle_memory_is_taxed() {
         // The idle one is smaller, but each of its pages counts four times.
         let vms = [holding(1000, 900, 900), holding(1000, 500, 0)];
-        assert_eq!(poorest(vms.into_iter(), 75), Some(1));
-        assert_eq!(poorest(vms.into_iter(), 0), Some(0));
+        assert_eq!(place(&vms, 75), Some(1));
+        assert_eq!(place(&vms, 0), Some(0));
         // The paper's example: with a tax of 75 % an idle page costs as much as four active ones.
         assert_eq!(
             holding(1, 100, 0).taxed(75),
             4 * holding(1, 100, 100).taxed(75)
         );
+        // Of two with idle memory it decides as well.
+        let vms = [holding(1000, 900, 800), holding(1000, 500, 100)];
+        assert_eq!(place(&vms, 75), Some(1));
+        assert_eq!(place(&vms, 1), Some(0));
+    }
+
+    #[test]
+    fn nothing_in_use_is_taken_while_somebody_has_idle_memory() {
+        // By rho alone the busy one would pay from 400 idle pages of the others on, or at once.
+        for (idle_shares, tax) in [(1000, 75), (1000, 1), (1_000_000, 75)] {
+            let mut vms = [
+                holding(idle_shares, 1600, 0),
+                holding(idle_shares, 1600, 0),
+                holding(1000, 1600, 1600),
+            ];
+            take(&mut vms, tax, 3200);
+            assert_eq!(vms.map(|vm| vm.pages), [0, 0, 1600]);
+            take(&mut vms, tax, 1);
+            assert_eq!(vms[2].pages, 1599);
+        }
+        let mut vms = [holding(1000, 1600, 0), holding(1000, 1600, 1600)];
+        take(&mut vms, 0, 1600);
+        assert_eq!(vms.map(|vm| vm.pages), [800, 800]);
     }
 
     #[test]
     fn nothing_is_taken_below_the_reservation() {
         let mut small = holding(1, 500, 0);
         small.reserved = 500;
-        assert_eq!(poorest([small].into_iter(), 75), None);
+        assert_eq!(place(&[small], 75), None);
         let vms = [small, holding(1_000_000, 10, 10)];
-        assert_eq!(poorest(vms.into_iter(), 75), Some(1));
-        assert_eq!(poorest([].into_iter(), 75), None);
+        assert_eq!(place(&vms, 75), Some(1));
+        assert_eq!(place(&[], 75), None);
+        // What is above it is idle, and is all that is taken.
+        small.pages = 520;
+        let victim = poorest([small, holding(1, 900, 900)].into_iter(), 75).unwrap();
+        let expected = Victim {
+            place: 0,
+            with: Pages::Idle,
+            pages: 20,
+        };
+        assert_eq!(victim, expected);
     }
 
     #[test]
     fn shares_buy_memory() {
-        // Taking page by page from the poorest ends where memory is as the shares are.
+        // Taking page by page from the poorest ends where memory in use is as the shares are.
         let mut vms = [holding(3000, 1000, 1000), holding(1000, 1000, 1000)];
-        for _ in 0..1200 {
-            let place = poorest(vms.into_iter(), 75).unwrap();
-            vms[place].pages -= 1;
-            vms[place].active -= 1;
-        }
+        take(&mut vms, 75, 1200);
+        assert_eq!(vms.map(|vm| vm.pages), [600, 200]);
+        // Idle memory, however many shares stand behind it, goes before.
+        let mut vms = [holding(3000, 1500, 1000), holding(1000, 1200, 1000)];
+        take(&mut vms, 75, 700 + 1200);
         assert_eq!(vms.map(|vm| vm.pages), [600, 200]);
         assert_eq!(fair_share(3000, 4000, 800), 600);
         assert_eq!(fair_share(1, u64::MAX, 800), 0);
         assert_eq!(fair_share(0, 0, 800), 0);
+    }
+
+    #[test]
+    fn what_may_be_in_use_counts_as_in_use() {
+        // By the best guess a tenth of the first is idle, but that is not sure.
+        let unsure = Holding {
+            idle: 0,
+            ..holding(1000, 1000, 900)
+        };
+        let vms = [unsure, holding(1000, 1000, 999)];
+        assert_eq!(place(&vms, 75), Some(1));
+        assert_eq!(place(&vms[..1], 75), Some(0));
+    }
+
+    prop_compose! {
+        fn any_holding()(
+            shares: u32, pages in 1u64..1 << 40, active: u64, idle: u64, reserved in 0u64..1 << 40,
+        ) -> Holding {
+            let active = active % (pages + 1);
+            Holding { shares: shares.into(), pages, active, idle: idle % (pages - active + 1), reserved }
+        }
     }
 
     proptest! {
@@ -147,6 +264,45 @@ mod tests {
             let active = active % (pages + 1);
             let (used, idle) = (holding(shares.into(), pages, pages), holding(shares.into(), pages, active));
             prop_assert!(!used.pays_less_than(&idle, tax));
+        }
+
+        #[test]
+        fn who_pays_may_and_pays_least(vms in prop::collection::vec(any_holding(), 0..8), tax in 0u64..100) {
+            let Some(victim) = poorest(vms.iter().copied(), tax) else {
+                prop_assert!(vms.iter().all(|vm| vm.spare() == 0));
+                return Ok(());
+            };
+            let vm = vms[victim.place];
+            prop_assert!(victim.pages > 0 && victim.pages <= vm.spare());
+            let some_idle = tax > 0 && vms.iter().any(|vm| vm.idle_spare() > 0);
+            prop_assert_eq!(victim.with == Pages::Idle, some_idle);
+            let could = |vm: &&Holding| match victim.with {
+                Pages::Idle => vm.idle_spare() > 0,
+                Pages::Any => vm.spare() > 0,
+            };
+            prop_assert!(could(&&vm));
+            prop_assert!(!vms.iter().filter(could).any(|other| other.pays_less_than(&vm, tax)));
+        }
+
+        #[test]
+        fn in_use_stays_while_there_is_idle(
+            sizes in prop::collection::vec((1u64..5000, 0u64..200, 0u64..200, 0u64..300), 1..6),
+            tax in 1u64..100, times in 0u64..2000,
+        ) {
+            let mut vms: Vec<_> = sizes
+                .iter()
+                .map(|&(shares, active, idle, reserved)| Holding {
+                    reserved,
+                    ..holding(shares, active + idle, active)
+                })
+                .collect();
+            let before = vms.clone();
+            take(&mut vms, tax, times);
+            let paid_active = vms.iter().zip(&before).any(|(now, then)| now.active < then.active);
+            prop_assert!(!paid_active || vms.iter().all(|vm| vm.idle_spare() == 0));
+            for (now, then) in vms.iter().zip(&before) {
+                prop_assert!(now.pages >= then.reserved.min(then.pages));
+            }
         }
 
         #[test]

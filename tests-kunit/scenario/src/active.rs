@@ -26,6 +26,21 @@ pub const CASES: &[Case] = &[
         idle_tax,
     ),
     Case::thinram(
+        "contend/idle-first",
+        "pages in use stay while another VM has idle ones, whatever its shares",
+        |ctx| idle_first(ctx, false),
+    ),
+    Case::thinram(
+        "huge/idle-first",
+        "the same where all of it is 2 MiB pages",
+        |ctx| idle_first(ctx, true),
+    ),
+    Case::thinram(
+        "contend/filling",
+        "what came since a period began is in use, and does not pay for idle memory",
+        filling,
+    ),
+    Case::thinram(
         "huge/active",
         "2 MiB pages are only watched while somebody asks, or memory is short",
         active_large,
@@ -207,4 +222,146 @@ fn idle_tax(ctx: &Ctx) -> Result<()> {
     })?;
     idle.holds(0, 2048, 1)?;
     busy.holds(0, 2048, 5000)
+}
+
+/// Waits until all of `first` was compressed; `other` must have lost nothing by then.
+fn pays_before(ctx: &Ctx, first: &Guest, other: &Guest) -> Result<()> {
+    let (vm, other_vm) = (first.sysfs(ctx), other.sysfs(ctx));
+    let before = other_vm.get("compressions")?;
+    ctx.until(
+        &format!("all of {} is compressed", first.name),
+        60.0,
+        || {
+            // In this order: what is left afterwards was there when the other one's pages were counted.
+            let lost = other_vm.get("compressions")? - before;
+            let stat = vm.stat()?;
+            let left = stat.get("private_kb")? + stat.get("huge_kb")?;
+            if left > 0 {
+                eq(
+                    format!(
+                        "pages of {} compressed, {left} KiB of {}",
+                        other.name, first.name
+                    ),
+                    lost,
+                    0,
+                )?;
+            }
+            Ok((left == 0, format!("{left} KiB left")))
+        },
+    )
+}
+
+fn idle_first(ctx: &Ctx, large: bool) -> Result<()> {
+    const IDLE: usize = 4 * LARGE;
+    const BUSY: usize = 6 * LARGE;
+    let sys = ctx.sys();
+    sys.set("run", 0)?;
+    if large {
+        always(ctx)?;
+    }
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let (idle, busy) = (mount.guest("idle", IDLE)?, mount.guest("busy", BUSY)?);
+    for (guest, pages, first) in [(&idle, IDLE, 1), (&busy, BUSY, 5000)] {
+        guest.fill(0, pages, first);
+        guest.sysfs(ctx).set("compress_max_percent", 100)?;
+        if large {
+            let kb = guest.sysfs(ctx).get("huge_kb")?;
+            eq(format!("huge_kb of {}", guest.name), kb, 4 * pages as u64)?;
+        }
+    }
+    // By shares and tax alone the busy one would pay for all.
+    idle.sysfs(ctx).set("shares", 100_000)?;
+    busy.sysfs(ctx).set("shares", 100)?;
+    sys.set("active_sample_period_secs", 2)?;
+    let hot = AtomicUsize::new(BUSY);
+    let compressed = |guest: &Guest| guest.sysfs(ctx).get("compressions");
+    while_touching(&busy, &hot, || {
+        if large {
+            // They are watched only for who asks.
+            for guest in [&idle, &busy] {
+                guest.sysfs(ctx).get("active_kb")?;
+            }
+        }
+        two_periods(ctx)?;
+        force(ctx, "hard")?;
+        pays_before(ctx, &idle, &busy)?;
+        // When nobody has idle pages left, those in use are paid with.
+        ctx.until("pages of the busy VM are compressed", 60.0, || {
+            let seen = compressed(&busy)?;
+            Ok((seen > 0, seen.to_string()))
+        })?;
+        force(ctx, "none")
+    })?;
+    idle.holds(0, IDLE, 1)?;
+    busy.holds(0, BUSY, 5000)?;
+    if large {
+        return Ok(());
+    }
+    // Without a tax shares alone decide.
+    sys.set("idle_tax_percent", 0)?;
+    while_touching(&busy, &hot, || {
+        two_periods(ctx)?;
+        let (of_idle, of_busy) = (compressed(&idle)?, compressed(&busy)?);
+        force(ctx, "hard")?;
+        ctx.until("the busy VM pays", 60.0, || {
+            let seen = compressed(&busy)? - of_busy;
+            Ok((seen > 512, seen.to_string()))
+        })?;
+        eq(
+            "compressions of the idle VM",
+            compressed(&idle)? - of_idle,
+            0,
+        )?;
+        force(ctx, "none")
+    })?;
+    idle.holds(0, IDLE, 1)?;
+    busy.holds(0, BUSY, 5000)
+}
+
+fn filling(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 2048;
+    const AT_FIRST: usize = 64;
+    let sys = ctx.sys();
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let guest = |name: &str, pages: usize, first: u64| -> Result<Guest> {
+        let guest = mount.guest(name, PAGES)?;
+        guest.fill(0, pages, first);
+        guest.sysfs(ctx).set("compress_max_percent", 100)?;
+        Ok(guest)
+    };
+    let old = guest("old", PAGES, 1)?;
+    let (new, one) = (guest("new", AT_FIRST, 5000)?, guest("one", AT_FIRST, 9000)?);
+    // By shares alone the new one would pay first.
+    new.sysfs(ctx).set("shares", 100)?;
+    sys.set("active_sample_period_secs", 1)?;
+    two_periods(ctx)?;
+    let active = |guest: &Guest| guest.sysfs(ctx).get("active_kb");
+    for guest in [&old, &new, &one] {
+        let what = format!("active_kb of {}, idle", guest.name);
+        eq(what, active(guest)?, 0)?;
+    }
+    // One period that lasts for as long as it is told to.
+    sys.set("active_sample_period_secs", 600)?;
+    let came = 4 * (PAGES - AT_FIRST) as u64;
+    one.fill(AT_FIRST, PAGES, 9000);
+    eq("active_kb of what came", active(&one)?, came)?;
+    // It counts for the period in which it came, and is as any other memory in the next.
+    let samples = sys.get("active_samples")?;
+    sys.set("active_sample_period_secs", 8)?;
+    ctx.until_least("active_samples", samples + 1, 30.0)?;
+    // Places that were empty are drawn too, and touched as they fill: what was there may count as well.
+    let all = 4 * PAGES as u64;
+    within("active_kb after that period", active(&one)?, came, all)?;
+    ctx.until_least("active_samples", samples + 2, 30.0)?;
+    eq("active_kb after the next", active(&one)?, 0)?;
+    drop(one);
+    sys.set("active_sample_period_secs", 600)?;
+    new.fill(AT_FIRST, PAGES, 5000);
+    eq("active_kb of what came", active(&new)?, came)?;
+    eq("active_kb of the other", active(&old)?, 0)?;
+    force(ctx, "hard")?;
+    pays_before(ctx, &old, &new)?;
+    force(ctx, "none")?;
+    old.holds(0, PAGES, 1)?;
+    new.holds(0, PAGES, 5000)
 }
