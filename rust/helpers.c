@@ -8,6 +8,7 @@
 #include <linux/io.h>
 #include <linux/kthread.h>
 #include <linux/lz4.h>
+#include <linux/magic.h>
 #include <linux/memcontrol.h>
 #include <linux/module.h>
 #include <linux/mount.h>
@@ -325,6 +326,13 @@ int thinram_find_dir(const char *name, struct path *path)
 bool thinram_path_is_ours(const struct path *path)
 {
 	return path->dentry->d_sb->s_op == &thinram_super_ops;
+}
+
+bool thinram_path_is_memory(const struct path *path)
+{
+	unsigned long magic = path->dentry->d_sb->s_magic;
+
+	return magic == TMPFS_MAGIC || magic == RAMFS_MAGIC;
 }
 
 struct file *thinram_swap_file(const struct path *dir)

@@ -71,6 +71,7 @@ void thinram_table_free(struct page *table);
 /* C for Rust: swap files */
 int thinram_find_dir(const char *name, struct path *path);
 bool thinram_path_is_ours(const struct path *path);
+bool thinram_path_is_memory(const struct path *path);
 struct file *thinram_swap_file(const struct path *dir);
 void thinram_kiocb_init(struct kiocb *kiocb, struct file *file, loff_t at);
 void thinram_bvec_set(struct bio_vec *vec, void *address, unsigned int len);

@@ -279,7 +279,7 @@ files! {
 /// Why a directory is none to swap to, and what to do.
 pub(super) fn swap_dir_error(error: Error) -> &'static str {
     match error {
-        EOPNOTSUPP => "its file system has no O_TMPFILE or no O_DIRECT; choose ext4, XFS or btrfs",
+        EOPNOTSUPP => "it lacks O_TMPFILE or O_DIRECT, or is memory; choose ext4, XFS or btrfs",
         EINVAL => "give the absolute path of a directory that is not on thinram itself",
         ENOENT => "there is no such directory",
         ENOTDIR => "it is not a directory",

@@ -63,8 +63,9 @@ impl SwapDir {
     ///
     /// # Errors
     ///
-    /// EOPNOTSUPP when the file system has no nameless files or no direct I/O, EINVAL for a name that
-    /// is not absolute or names ThinRAM itself, and what looking it up or writing to it gave.
+    /// EOPNOTSUPP when the file system has no nameless files or no direct I/O, or keeps its files in
+    /// memory; EINVAL for a name that is not absolute or names ThinRAM itself, and what looking it up or
+    /// writing to it gave.
     pub(crate) fn open(name: &[u8]) -> Result<SwapDir> {
         if name.first() != Some(&b'/') {
             return Err(EINVAL);
@@ -83,6 +84,10 @@ impl SwapDir {
         // SAFETY: The path was found.
         if unsafe { bindings::thinram_path_is_ours(&dir.path) } {
             return Err(EINVAL);
+        }
+        // SAFETY: As above.
+        if unsafe { bindings::thinram_path_is_memory(&dir.path) } {
+            return Err(EOPNOTSUPP);
         }
         let file = dir.make_file()?;
         let mut buffer = Buffer::new()?;

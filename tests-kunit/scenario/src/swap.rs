@@ -111,6 +111,8 @@ pub const CASES: &[Case] = &[
 
 /// Seconds within which a few thousand pages surely are on the disk or back.
 const SOON: f64 = 40.0;
+/// Size of a small disk, in KiB.
+pub const SMALL_KB: u64 = 6 << 10;
 
 /// An ext4 on the scratch disk, and swapping to it.
 pub struct Disk<'a> {
@@ -128,12 +130,22 @@ impl<'a> Disk<'a> {
 
     /// Makes it anew, mounted at `name`.
     pub fn again(ctx: &'a Ctx, name: &str) -> Result<Disk<'a>> {
+        Disk::sized(ctx, name, None)
+    }
+
+    /// A disk that is soon full, of [`SMALL_KB`].
+    pub fn small(ctx: &'a Ctx) -> Result<Disk<'a>> {
+        Disk::sized(ctx, "small", Some(SMALL_KB))
+    }
+
+    fn sized(ctx: &'a Ctx, name: &str, kb: Option<u64>) -> Result<Disk<'a>> {
         let Some(device) = ctx.setup.scratch.clone() else {
             return Err(skip("no --scratch device to make a file system on"));
         };
         let made = Command::new(tool("mkfs.ext4")?)
             .args(["-q", "-F", "-E", "nodiscard,lazy_itable_init=0"])
             .arg(&device)
+            .args(kb.map(|kb| format!("{kb}k")))
             .output()
             .context("run mkfs.ext4")?;
         ensure!(made.status.success(), "mkfs.ext4: {made:?}");
@@ -256,12 +268,17 @@ fn dir(ctx: &Ctx) -> Result<()> {
     let own = ctx.mount("m", "size=16M")?;
     let file = ctx.dir.join("file");
     fs::write(&file, "x")?;
+    let tmpfs = ctx.dir.join("tmpfs");
+    fs::create_dir(&tmpfs)?;
+    let kind = Some("tmpfs");
+    mount(kind, &tmpfs, kind, MsFlags::empty(), None::<&str>)?;
     let text = |path: &Path| path.display().to_string();
     for (value, errno) in [
         ("relative".to_owned(), Errno::EINVAL),
         (text(&ctx.dir.join("missing")), Errno::ENOENT),
         (text(&file), Errno::ENOTDIR),
         ("/proc/self".to_owned(), Errno::EOPNOTSUPP),
+        (text(&tmpfs), Errno::EOPNOTSUPP),
         (text(&own.path), Errno::EINVAL),
         (format!("/{}", "x".repeat(300)), Errno::ENAMETOOLONG),
     ] {
@@ -282,7 +299,10 @@ fn dir(ctx: &Ctx) -> Result<()> {
         "swap_dir when it is off",
         sys.word("swap_dir")?,
         String::new(),
-    )
+    )?;
+    // Nothing of what was refused holds its mount.
+    umount(&tmpfs)?;
+    Ok(())
 }
 
 fn round_trip(ctx: &Ctx) -> Result<()> {
@@ -571,26 +591,13 @@ fn drain_fails(ctx: &Ctx) -> Result<()> {
 
 fn no_space(ctx: &Ctx) -> Result<()> {
     const PAGES: usize = 4096;
-    let path = ctx.dir.join("small");
-    fs::create_dir(&path)?;
-    mount(
-        None::<&str>,
-        &path,
-        Some("tmpfs"),
-        MsFlags::empty(),
-        Some("size=5M"),
-    )?;
-    let result = full_disk(ctx, &path, PAGES);
-    ctx.sys().set("swap_dir", "\n")?;
-    ctx.until("the small disk to be free", SOON, || {
-        Ok((umount(&path).is_ok(), String::new()))
-    })?;
-    result
+    let disk = Disk::small(ctx)?;
+    full_disk(ctx, PAGES)?;
+    disk.unmount()
 }
 
-fn full_disk(ctx: &Ctx, path: &Path, pages: usize) -> Result<()> {
+fn full_disk(ctx: &Ctx, pages: usize) -> Result<()> {
     let sys = ctx.sys();
-    sys.set("swap_dir", path.display())?;
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = mount.guest("web", pages)?;
     let vm = guest.sysfs(ctx);
@@ -600,7 +607,7 @@ fn full_disk(ctx: &Ctx, path: &Path, pages: usize) -> Result<()> {
     ctx.until_least("swap_outs_refused_no_space", refused + 1, SOON)?;
     until_vm(ctx, &guest, "swapped_kb", |kb| kb > 2048)?;
     let stat = vm.stat()?;
-    within("swapped_kb", stat.get("swapped_kb")?, 2048, 5 << 10)?;
+    within("swapped_kb", stat.get("swapped_kb")?, 2048, SMALL_KB)?;
     eq(
         "private_kb is the rest",
         stat.get("private_kb")?,

@@ -5,13 +5,12 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{ensure, Result};
 use nix::errno::Errno;
-use nix::mount::{mount, umount, MsFlags};
+use nix::mount::umount;
 use nix::sys::signal::{kill, Signal};
 
 use crate::check::{bytes_are, eq, fails, page_is, skip, within, BusError};
@@ -20,7 +19,7 @@ use crate::content::{self, page_bytes};
 use crate::contention::force;
 use crate::ctx::{Ctx, Guest};
 use crate::harness::Case;
-use crate::swap::{dense, touch_lost, Disk};
+use crate::swap::{dense, touch_lost, Disk, SMALL_KB};
 use crate::sys::{self, End, Map, PAGE, RW, WORDS};
 
 /// The table of cases.
@@ -547,27 +546,14 @@ fn mount_option(ctx: &Ctx) -> Result<()> {
 }
 
 fn no_space(ctx: &Ctx) -> Result<()> {
-    let path = ctx.dir.join("small");
-    fs::create_dir(&path)?;
-    mount(
-        None::<&str>,
-        &path,
-        Some("tmpfs"),
-        MsFlags::empty(),
-        Some("size=5M"),
-    )?;
-    let result = full_disk(ctx, &path);
-    ctx.sys().set("swap_dir", "\n")?;
-    ctx.until("the small disk to be free", SOON, || {
-        Ok((umount(&path).is_ok(), String::new()))
-    })?;
-    result
+    let disk = Disk::small(ctx)?;
+    full_disk(ctx)?;
+    disk.unmount()
 }
 
-fn full_disk(ctx: &Ctx, path: &Path) -> Result<()> {
+fn full_disk(ctx: &Ctx) -> Result<()> {
     const PAGES: usize = 4096;
     let (sys, all) = (ctx.sys(), PAGES as u64);
-    sys.set("swap_dir", path.display())?;
     sys.set("compress_max_percent", 0)?;
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let noise = |page: usize| content::noise(page as u64);
@@ -583,7 +569,7 @@ fn full_disk(ctx: &Ctx, path: &Path) -> Result<()> {
             "shared_swapped_kb",
             sys.get("shared_swapped_kb")?,
             2048,
-            5 << 10,
+            SMALL_KB,
         )?;
         for guest in &guests {
             for page in 0..PAGES {
