@@ -6,10 +6,10 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
 
-use crate::check::{bytes_are, eq, page_is, within};
+use crate::check::{bytes_are, eq, page_is, skip, within};
 use crate::content::{self, page_bytes};
 use crate::contention::force;
 use crate::ctx::{Ctx, Guest, Mount};
@@ -98,6 +98,11 @@ pub const CASES: &[Case] = &[
         "contend/low",
         "on a low host VMs above their share wait, not for ever",
         low,
+    ),
+    Case::thinram(
+        "contend/psi",
+        "who waits for memory counts as stalled in /proc/pressure/memory",
+        psi,
     ),
     Case::thinram(
         "contend/shrinker",
@@ -630,9 +635,8 @@ fn reservation(ctx: &Ctx) -> Result<()> {
     other.holds(0, 1024, 5000)
 }
 
-fn low(ctx: &Ctx) -> Result<()> {
-    let sys = ctx.sys();
-    let mount = ctx.mount("m", "size=256M,domain=lab")?;
+/// Two VMs with room for 8192 pages each. The first has 4096, and hardly any share of the host.
+fn big_and_small(ctx: &Ctx, mount: &Mount<'_>) -> Result<(Guest, Guest)> {
     // Noise, so that reclaim does not change who holds what.
     let guest = |name: &str, pages: usize| -> Result<Guest> {
         let guest = mount.guest(name, 8192)?;
@@ -643,6 +647,46 @@ fn low(ctx: &Ctx) -> Result<()> {
     // All that is available counts as to be shared out: leave the large VM a small part.
     big.sysfs(ctx).set("shares", 1)?;
     small.sysfs(ctx).set("shares", 1_000_000)?;
+    Ok((big, small))
+}
+
+/// Microseconds in which some task was stalled for want of memory, by the kernel.
+fn stalled_us() -> Result<u64> {
+    let Ok(text) = std::fs::read_to_string("/proc/pressure/memory") else {
+        return Err(skip("this kernel tells no pressure (PSI)"));
+    };
+    let some = text.lines().find(|line| line.starts_with("some "));
+    let total = some.and_then(|line| line.split_once("total="));
+    let (_, us) = total.context("no total in /proc/pressure/memory")?;
+    Ok(us.trim().parse()?)
+}
+
+fn psi(ctx: &Ctx) -> Result<()> {
+    let mount = ctx.mount("m", "size=256M,domain=lab")?;
+    let (big, _small) = big_and_small(ctx, &mount)?;
+    let before = (stalled_us()?, big.sysfs(ctx).get("stall_us")?);
+    force(ctx, "low")?;
+    thread::sleep(Duration::from_millis(300));
+    for page in 4096..4106 {
+        big.map.set(page, 0, 1);
+    }
+    force(ctx, "none")?;
+    let waited = big.sysfs(ctx).get("stall_us")? - before.1;
+    within("stall_us", waited, 100_000, u64::MAX)?;
+    // One task waits on one CPU, and the kernel takes the average of all that are not idle.
+    let cpus = thread::available_parallelism()?.get() as u64;
+    // It adds up every two seconds.
+    ctx.until("most of it in /proc/pressure/memory", 10.0, || {
+        let seen = stalled_us()?.saturating_sub(before.0);
+        let text = format!("{seen} of {waited} us, {cpus} CPUs");
+        Ok((seen >= waited / cpus * 3 / 4, text))
+    })
+}
+
+fn low(ctx: &Ctx) -> Result<()> {
+    let sys = ctx.sys();
+    let mount = ctx.mount("m", "size=256M,domain=lab")?;
+    let (big, small) = big_and_small(ctx, &mount)?;
     let stalls = |guest: &Guest| guest.sysfs(ctx).get("stalls");
     force(ctx, "low")?;
     thread::sleep(Duration::from_millis(300));
