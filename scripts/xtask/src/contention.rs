@@ -4,10 +4,9 @@
 //! two idle and one busy, on ThinRAM with swap, and on anonymous memory with KSM and zswap.
 //!
 //! Both merge at the same pace, with the same ceiling on CPU time, compress by LZ4 into zsmalloc, and
-//! swap to the same disk; everything else is left as it comes. The kernel gives idle memory no
-//! protection; ThinRAM's `idle_tax_percent` decides how much, so it runs with its default, 75, and with
-//! 99, which is hardly any. The idle guests fill and check their memory first, and are left alone. What
-//! is counted begins with the start of the busy one and ends with its last pass over all its memory.
+//! swap to the same disk; everything else is left as it comes. The idle guests fill and check their
+//! memory first, and are left alone. What is counted begins with the start of the busy one and ends with
+//! its last pass over all its memory.
 //! Counts are judged; times under emulation are only told.
 
 use crate::env::{read, target, write};
@@ -56,8 +55,6 @@ pub fn report_path() -> PathBuf {
 pub enum On {
     /// Files of ThinRAM, with `swap_dir`.
     Thinram,
-    /// The same with `idle_tax_percent` 99.
-    ThinramTax99,
     /// Anonymous memory, KSM, zswap, a swap file.
     KsmZswap,
 }
@@ -138,7 +135,6 @@ struct Report {
     /// ThinRAM's busy guest had no more major faults, and no more was swapped of it; nothing where
     /// not both were run.
     reached: Option<bool>,
-    reached_tax_99: Option<bool>,
 }
 
 /// What `name` of `text`'s lines `name value` is.
@@ -175,16 +171,13 @@ impl On {
     fn begin(self) -> Result<Option<Mount>> {
         shell("sync; echo 3 >/proc/sys/vm/drop_caches")?;
         match self {
-            On::Thinram | On::ThinramTax99 => {
+            On::Thinram => {
                 inside::load(Fs::Thinram)?;
                 let mount = Mount::new(Fs::Thinram, MOUNT, Some("lab"))?;
                 set("scan_period_secs", SCAN_SECS)?;
                 set("scan_cpu_max_percent", SCAN_CPU_PERCENT)?;
                 set("active_sample_period_secs", &PERIOD_SECS.to_string())?;
                 set("swap_dir", DISK)?;
-                if self == On::ThinramTax99 {
-                    set("idle_tax_percent", "99")?;
-                }
                 Ok(Some(mount))
             }
             On::KsmZswap => {
@@ -204,7 +197,7 @@ impl On {
 
     fn end(self, mount: Option<Mount>) -> Result<()> {
         match self {
-            On::Thinram | On::ThinramTax99 => {
+            On::Thinram => {
                 drop(mount);
                 inside::unload(Fs::Thinram)
             }
@@ -243,7 +236,7 @@ impl On {
     /// Of one guest since its start.
     fn counts(self, name: &str) -> Result<Counts> {
         match self {
-            On::Thinram | On::ThinramTax99 => {
+            On::Thinram => {
                 let of = |what: &str| number(&format!("vms/{name}/{what}"));
                 let (unpacked, read) = (of("decompressions")?, of("swap_ins")?);
                 Ok(Counts {
@@ -291,7 +284,7 @@ impl On {
 
     fn saved_kb(self) -> Result<u64> {
         match self {
-            On::Thinram | On::ThinramTax99 => number("saved_kb"),
+            On::Thinram => number("saved_kb"),
             On::KsmZswap => {
                 let of = |name: &str| -> Result<u64> {
                     Ok(read(Path::new("/sys/kernel/mm/ksm").join(name))?.parse()?)
@@ -341,7 +334,7 @@ impl On {
         let (before, disk) = (self.all_counts()?, disk_kb()?);
         // Counts of what shared pages took before are not the busy one's.
         let shared = match self {
-            On::Thinram | On::ThinramTax99 => number("shared_decompressions")?,
+            On::Thinram => number("shared_decompressions")?,
             On::KsmZswap => 0,
         };
         let least = Cell::new(u64::MAX);
@@ -424,27 +417,23 @@ pub fn run(only: &[On]) -> Result<bool> {
     );
     shell(&format!("echo +memory >{GROUPS}/cgroup.subtree_control"))?;
     let mut runs = Vec::new();
-    for on in [On::Thinram, On::ThinramTax99, On::KsmZswap] {
+    for on in [On::Thinram, On::KsmZswap] {
         if only.is_empty() || only.contains(&on) {
             runs.push(on.run().with_context(|| format!("{on:?}"))?);
         }
     }
     print!("{}", table(&runs));
     let intact = runs.iter().all(Figures::intact);
-    for (on, spared) in [On::Thinram, On::ThinramTax99]
-        .into_iter()
-        .filter_map(|on| Some((on, spared(&runs, on)?)))
-    {
+    if let Some(spared) = spared(&runs) {
         println!(
-            "{on:?}: no more major faults and swapped bytes of the busy guest: {}",
+            "no more major faults and swapped bytes of the busy guest: {}",
             if spared { "reached" } else { "NOT reached" }
         );
     }
     let report = Report {
         host_mib: HOST_MIB,
         guest_mib: GUEST_MIB,
-        reached: spared(&runs, On::Thinram),
-        reached_tax_99: spared(&runs, On::ThinramTax99),
+        reached: spared(&runs),
         runs,
     };
     write(report_path(), serde_json::to_string_pretty(&report)? + "\n")?;
@@ -452,9 +441,9 @@ pub fn run(only: &[On]) -> Result<bool> {
 }
 
 /// Whether the busy guest was spared as much as on KSM and zswap; `None` without both.
-fn spared(runs: &[Figures], on: On) -> Option<bool> {
+fn spared(runs: &[Figures]) -> Option<bool> {
     let of = |on: On| runs.iter().find(|r| r.on == on).map(Figures::busy);
-    let (ours, theirs) = (of(on)?, of(On::KsmZswap)?);
+    let (ours, theirs) = (of(On::Thinram)?, of(On::KsmZswap)?);
     Some(ours.major_faults <= theirs.major_faults && ours.swapped_kb() <= theirs.swapped_kb())
 }
 
@@ -550,9 +539,9 @@ mod tests {
             (0, 101, false),
         ] {
             let runs = [figures(On::Thinram, faults, kb), theirs.clone()];
-            assert_eq!(spared(&runs, On::Thinram), Some(want));
+            assert_eq!(spared(&runs), Some(want));
         }
-        assert_eq!(spared(&[theirs], On::Thinram), None);
+        assert_eq!(spared(&[theirs]), None);
     }
 
     #[test]
@@ -581,7 +570,7 @@ mod tests {
 
     #[test]
     fn tables_fit_a_terminal() {
-        let runs = [On::Thinram, On::ThinramTax99, On::KsmZswap].map(|on| figures(on, 1, 1));
+        let runs = [On::Thinram, On::KsmZswap].map(|on| figures(on, 1, 1));
         assert!(table(&runs).lines().all(|l| l.len() <= 80));
     }
 }
