@@ -7,8 +7,8 @@
 //! tax)`. Whoever pays least for a page, `rho = shares / (active + idle / (1 - tax))`, gives one up.
 //!
 //! By that alone a VM that uses nothing keeps `1 - tax` of what its neighbour has, while the neighbour
-//! thrashes. So as long as somebody has pages to spare that are surely not in use, rho chooses among
-//! those, and no other pages are taken; pages in use are paid with when there are no idle ones left.
+//! thrashes. So as long as somebody has pages to spare that are surely not in use, nobody pays with
+//! others, and who has most of those for its shares pays first; rho decides when there are none left.
 //! Without a tax idle pages are no worse than others, and shares alone decide.
 
 /// What a VM holds and pays.
@@ -55,6 +55,14 @@ impl Holding {
     }
 }
 
+impl Holding {
+    /// Whether this one has fewer shares for each of its idle pages to spare than `other`.
+    fn is_idler_than(&self, other: &Holding) -> bool {
+        u128::from(self.shares) * u128::from(other.idle_spare())
+            < u128::from(other.shares) * u128::from(self.idle_spare())
+    }
+}
+
 /// Which pages are to be taken.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Pages {
@@ -75,19 +83,18 @@ pub struct Victim {
     pub pages: u64,
 }
 
-/// Chooses the one that pays least: among those that have idle pages to spare if the tax is above 0
-/// and there are any, else among those that have pages to spare.
+/// Chooses the one that pays least: for its idle pages to spare if the tax is above 0 and there are any,
+/// else for all its pages, of those that have any to spare.
 pub fn poorest(holdings: impl Iterator<Item = Holding>, tax_percent: u64) -> Option<Victim> {
-    let (mut of_idle, mut of_any): (Option<(usize, Holding)>, Option<(usize, Holding)>) =
-        (None, None);
+    let mut of_idle: Option<(usize, Holding)> = None;
+    let mut of_any: Option<(usize, Holding)> = None;
     for (place, holding) in holdings.enumerate() {
-        let is_poorer = |least: &Option<(usize, Holding)>| {
-            least.is_none_or(|(_, least)| holding.pays_less_than(&least, tax_percent))
-        };
-        if holding.spare() > 0 && is_poorer(&of_any) {
+        let is_poorer = |(_, least): (usize, Holding)| holding.pays_less_than(&least, tax_percent);
+        let is_idler = |(_, least): (usize, Holding)| holding.is_idler_than(&least);
+        if holding.spare() > 0 && of_any.is_none_or(is_poorer) {
             of_any = Some((place, holding));
         }
-        if tax_percent > 0 && holding.idle_spare() > 0 && is_poorer(&of_idle) {
+        if tax_percent > 0 && holding.idle_spare() > 0 && of_idle.is_none_or(is_idler) {
             of_idle = Some((place, holding));
         }
     }
@@ -163,10 +170,24 @@ mod tests {
             holding(1, 100, 0).taxed(75),
             4 * holding(1, 100, 100).taxed(75)
         );
-        // Of two with idle memory it decides as well.
-        let vms = [holding(1000, 900, 800), holding(1000, 500, 100)];
-        assert_eq!(place(&vms, 75), Some(1));
-        assert_eq!(place(&vms, 1), Some(0));
+        // What may be in use is taxed as well, though nothing is sure.
+        let unsure =
+            [holding(1000, 900, 800), holding(1000, 500, 100)].map(|vm| Holding { idle: 0, ..vm });
+        assert_eq!(place(&unsure, 75), Some(1));
+        assert_eq!(place(&unsure, 1), Some(0));
+    }
+
+    #[test]
+    fn who_has_most_idle_memory_for_its_shares_pays_first() {
+        // What the first one uses does not make its few idle pages go first.
+        let mut vms = [holding(1000, 900, 880), holding(1000, 110, 10)];
+        take(&mut vms, 75, 80);
+        assert_eq!(vms.map(|vm| vm.pages), [900, 30]);
+        take(&mut vms, 75, 20);
+        assert_eq!(vms.map(|vm| vm.pages), [890, 20]);
+        let mut vms = [holding(3000, 400, 0), holding(1000, 400, 0)];
+        take(&mut vms, 75, 400);
+        assert_eq!(vms.map(|vm| vm.pages), [300, 100]);
     }
 
     #[test]
@@ -281,7 +302,11 @@ mod tests {
                 Pages::Any => vm.spare() > 0,
             };
             prop_assert!(could(&&vm));
-            prop_assert!(!vms.iter().filter(could).any(|other| other.pays_less_than(&vm, tax)));
+            let pays_less = |other: &Holding| match victim.with {
+                Pages::Idle => other.is_idler_than(&vm),
+                Pages::Any => other.pays_less_than(&vm, tax),
+            };
+            prop_assert!(!vms.iter().filter(could).any(pays_less));
         }
 
         #[test]
