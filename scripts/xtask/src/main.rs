@@ -62,6 +62,8 @@ enum Task {
     Demo,
     /// ThinRAM against KSM, zswap and hugetlbfs; target/bench/*.json
     Bench,
+    /// A panic with guests in swap, and what the disk tells after the next boot
+    Crash,
     /// Run a shell command as root in a kernel of its own and show what it says
     Run {
         /// Which kernel
@@ -194,6 +196,11 @@ fn work(task: Task) -> Result<ExitCode> {
         Task::Coverage => instrumented::coverage()?,
         Task::Bench => return bench_host(&kernel),
         Task::Demo => return demo_host(&kernel),
+        Task::Crash => {
+            setup::module(&kernel)?;
+            suites::programs()?;
+            return Ok(report::show(&[suites::killed_by_a_panic(&kernel)]));
+        }
         Task::Run {
             place,
             command,
@@ -218,6 +225,7 @@ fn work(task: Task) -> Result<ExitCode> {
                 memory_mib: memory,
                 append,
                 stream: true,
+                scratch: None,
             };
             let run = vm::execute(&kernel, &job)?;
             step::say(format!(
@@ -270,6 +278,7 @@ fn demo_host(kernel: &env::Kernel) -> Result<ExitCode> {
         memory_mib: 2048,
         append: String::new(),
         stream: true,
+        scratch: None,
     };
     let run = vm::execute(kernel, &job)?;
     for problem in &run.problems {
@@ -302,6 +311,7 @@ fn bench_host(kernel: &env::Kernel) -> Result<ExitCode> {
         memory_mib: 1500,
         append: "kunit.enable=0 slab_nomerge".into(),
         stream: true,
+        scratch: None,
     };
     // On the stock kernel: User-Mode Linux has no pages of 2 MiB, and no KVM.
     setup::module(kernel)?;

@@ -53,6 +53,7 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
             vec![
                 scenarios,
                 Suite::run(Kind::Scenario, large, || large_proofs(k)),
+                killed_by_a_panic(k),
             ]
         });
         let kvm = Suite::run(Kind::Kvm, "stock kernel: KVM guests", || guests(k));
@@ -223,6 +224,60 @@ fn large_proofs(k: &Kernel) -> Result<Vec<Test>> {
     prove(k, job("large-proofs", Place::SmpHost, &script))
 }
 
+/// What the kernel says when sysrq makes it panic.
+const PANIC: &str = "sysrq: Trigger a crash";
+
+/// Guests go to swap, the host panics, and boots again with the same disk.
+pub fn killed_by_a_panic(k: &Kernel) -> Suite {
+    let name = "stock kernel: killed by a panic, and booted again";
+    Suite::run(Kind::Scenario, name, || crash(k))
+}
+
+fn crash(k: &Kernel) -> Result<Vec<Test>> {
+    let scratch = target("runs/crash-scratch.img");
+    if scratch.exists() {
+        std::fs::remove_file(&scratch)?;
+    }
+    let half = |name: &str| {
+        let script = format!(
+            "sh -c 'insmod /src/target/module/thinram.ko; \
+             /src/target/sysroot/release/thinram-scenario crash {name} --patience 15 \
+             --mount /run/thinram --scratch /dev/vdb'"
+        );
+        let job = Job {
+            scratch: Some(scratch.clone()),
+            ..job(&format!("crash-{name}"), Place::SmpHost, &script)
+        };
+        vm::execute(k, &job)
+    };
+    let first = half("panic")?;
+    let mut tests = vec![panicked(&first)];
+    let second = half("after")?;
+    tests.extend(second.tests());
+    std::fs::remove_file(&scratch)?;
+    Ok(tests)
+}
+
+/// Whether the run ended by the panic that was asked for, and was well until then.
+fn panicked(run: &vm::Outcome) -> Test {
+    let name = "panic with guests in swap";
+    let Some((before, after)) = run.kernel_log.split_once(PANIC) else {
+        let why = format!("there was no panic, logs in {}", run.dir.display());
+        return Test::fail(name, why);
+    };
+    let mut why = vm::problems(before);
+    if !run.output.contains("all is in swap, here comes the panic") {
+        why.push("it came too early".into());
+    }
+    if run.exit.is_some() || !after.contains("Kernel panic") {
+        why.push("the kernel went on after it".into());
+    }
+    match why.is_empty() {
+        true => Test::pass(name),
+        false => Test::fail(name, why.join("; ")),
+    }
+}
+
 fn guests(k: &Kernel) -> Result<Vec<Test>> {
     vm::guests(k)?;
     let script = "/src/target/sysroot/release/xtask inside guests";
@@ -242,12 +297,37 @@ fn job(name: &str, place: Place, script: &str) -> Job {
         memory_mib: 2048,
         append: append.into(),
         stream: false,
+        scratch: None,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_panic_that_was_asked_for_counts() {
+        let ready = "# all is in swap, here comes the panic\n";
+        let panics = format!("quiet\n[ 1.0] {PANIC}\nKernel panic - not syncing: sysrq\n");
+        let run = |output: &str, log: &str, exit| vm::Outcome {
+            output: output.into(),
+            kernel_log: log.into(),
+            exit,
+            problems: Vec::new(),
+            time: Duration::ZERO,
+            dir: "log".into(),
+        };
+        assert_eq!(panicked(&run(ready, &panics, None)).outcome, Outcome::Pass);
+        for (output, log, exit) in [
+            (ready, "quiet\nKernel panic - not syncing: other\n", None),
+            ("", &*panics, None),
+            (ready, &*panics, Some(1)),
+            (ready, &*format!("BUG: bad\n{panics}"), None),
+        ] {
+            let test = panicked(&run(output, log, exit));
+            assert!(matches!(test.outcome, Outcome::Fail(_)), "{log}");
+        }
+    }
 
     #[test]
     fn cargo_test_output_is_read() {

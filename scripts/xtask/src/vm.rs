@@ -74,6 +74,20 @@ pub struct Job {
     pub append: String,
     /// Show the script's output as it comes.
     pub stream: bool,
+    /// A file that is the second disk and outlives the run; else it is a fresh one.
+    pub scratch: Option<PathBuf>,
+}
+
+impl Job {
+    /// The disks, in the order in which the machine sees them: their files in `dir`, unless one is to
+    /// stay.
+    fn disks(&self, dir: &Path) -> [PathBuf; 2] {
+        let scratch = self.scratch.clone();
+        [
+            dir.join(DISKS[0].0),
+            scratch.unwrap_or_else(|| dir.join(DISKS[1].0)),
+        ]
+    }
 }
 
 /// What a run left.
@@ -362,10 +376,10 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
         "-device",
         "virtio-rng-pci,rng=rng",
     ]);
-    for disk in DISKS {
+    for disk in job.disks(dir) {
         c.arg("-drive").arg(format!(
             "if=virtio,format=raw,cache=unsafe,file={}",
-            dir.join(disk.0).display()
+            disk.display()
         ));
     }
     let out = dir.join("output.log");
@@ -391,6 +405,7 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
 
 fn uml(linux: &Path, job: &Job, dir: &Path) -> Command {
     let mut c = tied(linux);
+    let [disk, scratch] = job.disks(dir);
     // One CPU: a TLB flush on UML only takes effect when the process next enters the kernel, so with
     // two a process goes on writing to a page that was taken from it.
     c.arg(match job.place {
@@ -409,8 +424,8 @@ fn uml(linux: &Path, job: &Job, dir: &Path) -> Command {
         "ssl=null",
         "panic=-1",
         "panic_on_warn=1",
-        &format!("ubd0={}", dir.join(DISKS[0].0).display()),
-        &format!("ubd1={}", dir.join(DISKS[1].0).display()),
+        &format!("ubd0={}", disk.display()),
+        &format!("ubd1={}", scratch.display()),
         &format!("thinram.dir={}", dir.display()),
     ]);
     if job.append.contains("thinram.shell=1") {
@@ -434,8 +449,10 @@ fn start(k: &Kernel, job: &Job, hardware: Hardware) -> Result<(Command, PathBuf)
     write(dir.join("output.log"), "")?;
     write(dir.join("kernel.log"), "")?;
     // Sparse: only what the run writes takes room.
-    for (disk, bytes) in DISKS {
-        fs::File::create(dir.join(disk))?.set_len(bytes)?;
+    for (disk, (_, bytes)) in job.disks(&dir).iter().zip(DISKS) {
+        let mut options = fs::File::options();
+        options.write(true).create(true).truncate(false);
+        options.open(disk)?.set_len(bytes)?;
     }
     let cmd = match job.place.uml() {
         Some(kind) => uml(&kind.image(), job, &dir),
@@ -509,7 +526,11 @@ fn execute_on(k: &Kernel, job: &Job, hardware: Hardware) -> Result<Outcome> {
     progress.end();
     stream.pass_on();
     for (disk, _) in DISKS {
-        fs::remove_file(dir.join(disk))?;
+        // One that outlives the run lies elsewhere.
+        let disk = dir.join(disk);
+        if disk.exists() {
+            fs::remove_file(disk)?;
+        }
     }
     let lossy = |p: &Path| String::from_utf8_lossy(&fs::read(p).unwrap_or_default()).into_owned();
     let (output, kernel_log) = (lossy(&out), lossy(&log));
@@ -578,6 +599,7 @@ pub fn shell(k: &Kernel, place: Place, script: &str, memory_mib: u32) -> Result<
         memory_mib,
         append: "thinram.shell=1".into(),
         stream: false,
+        scratch: None,
     };
     let hardware = match place.uml() {
         Some(_) => Hardware::None,
@@ -627,6 +649,7 @@ pub fn hardware(k: &Kernel) -> Result<Hardware> {
             memory_mib: 1024,
             append: String::new(),
             stream: false,
+            scratch: None,
         };
             let run = execute_on(k, &job, Hardware::Nested)?;
             let found = match (run.exit, run.output.lines().any(|l| l.trim() == "nested")) {

@@ -11,6 +11,7 @@ mod compress;
 mod content;
 mod contention;
 mod controls;
+mod crash;
 mod ctx;
 mod data;
 mod edges;
@@ -82,6 +83,13 @@ enum Command {
         #[arg(long)]
         list: bool,
     },
+    /// One of the two halves of the test of a panic, which need a boot each
+    Crash {
+        #[command(flatten)]
+        options: Options,
+        #[arg(value_enum)]
+        half: Half,
+    },
     /// Check the harness itself with cases that fail in every way there is
     Selftest {
         #[command(flatten)]
@@ -95,6 +103,15 @@ enum Command {
         #[command(flatten)]
         options: Options,
     },
+}
+
+/// Which half of the test of a panic.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Half {
+    /// Brings guests into swap and ends this machine by a panic
+    Panic,
+    /// Looks at the disk that the other left
+    After,
 }
 
 #[derive(Args)]
@@ -201,6 +218,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
 fn case(name: &str) -> Result<&'static Case> {
     cases()
         .chain(selftest::CASES)
+        .chain(crash::CASES)
         .find(|case| case.name == name)
         .with_context(|| format!("no case is named {name:?}; `list` prints the names"))
 }
@@ -255,6 +273,13 @@ impl Command {
                 } else {
                     prove::run(&options.setup()?, &protection)?;
                 }
+            }
+            Command::Crash { options, half } => {
+                let name = match half {
+                    Half::Panic => "crash/panic",
+                    Half::After => "crash/after",
+                };
+                run(&[case(name)?], &options.setup()?)?;
             }
             Command::Selftest { options } => selftest::run(&options.setup()?)?,
             Command::Child { name, dir, options } => {

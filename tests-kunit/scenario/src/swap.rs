@@ -4,6 +4,7 @@
 //! guest is told.
 
 use std::fs::{self, File};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,7 +22,7 @@ use crate::contention::force;
 use crate::ctx::{tool, Ctx, Guest};
 use crate::harness::Case;
 use crate::huge;
-use crate::sys::{self, Map, PAGE, RW, WORDS};
+use crate::sys::{self, Map, PageBuf, PAGE, RW, WORDS};
 
 /// The table of cases.
 pub const CASES: &[Case] = &[
@@ -139,9 +140,7 @@ impl<'a> Disk<'a> {
     }
 
     fn sized(ctx: &'a Ctx, name: &str, kb: Option<u64>) -> Result<Disk<'a>> {
-        let Some(device) = ctx.setup.scratch.clone() else {
-            return Err(skip("no --scratch device to make a file system on"));
-        };
+        let device = scratch(ctx)?;
         let made = Command::new(tool("mkfs.ext4")?)
             .args(["-q", "-F", "-E", "nodiscard,lazy_itable_init=0"])
             .arg(&device)
@@ -149,6 +148,14 @@ impl<'a> Disk<'a> {
             .output()
             .context("run mkfs.ext4")?;
         ensure!(made.status.success(), "mkfs.ext4: {made:?}");
+        let disk = Disk::found(ctx, name)?;
+        disk.on()?;
+        Ok(disk)
+    }
+
+    /// As it is on the scratch disk, mounted at `name`; nothing swaps to it yet.
+    pub fn found(ctx: &'a Ctx, name: &str) -> Result<Disk<'a>> {
+        let device = scratch(ctx)?;
         let path = ctx.dir.join(name);
         fs::create_dir(&path)?;
         mount(
@@ -159,41 +166,22 @@ impl<'a> Disk<'a> {
             None::<&str>,
         )
         .with_context(|| format!("mount {}", device.display()))?;
-        let disk = Disk { ctx, device, path };
-        disk.on()?;
-        Ok(disk)
+        Ok(Disk { ctx, device, path })
     }
 
-    fn on(&self) -> Result<()> {
+    /// Points `swap_dir` at it.
+    pub fn on(&self) -> Result<()> {
         self.ctx.sys().set("swap_dir", self.path.display())
     }
 
     /// The device, past every cache.
-    pub fn raw(&self, write: bool) -> Result<File> {
-        File::options()
-            .read(true)
-            .write(write)
-            .custom_flags(libc::O_DIRECT)
-            .open(&self.device)
-            .with_context(|| format!("open {}", self.device.display()))
+    pub fn raw(&self) -> Result<File> {
+        raw(&self.device, true)
     }
 
     /// All of the disk, past every cache.
     pub fn bytes(&self) -> Result<Vec<u8>> {
-        const STEP: usize = 1 << 20;
-        let file = self.raw(false)?;
-        let buffer = Map::anonymous(STEP)?;
-        let mut all = Vec::new();
-        loop {
-            let read = sys::pread_into(&file, &buffer, 0, STEP, all.len() as u64)?;
-            if read == 0 {
-                return Ok(all);
-            }
-            for word in &buffer.words()[..read / 8] {
-                let word = word.load(std::sync::atomic::Ordering::Relaxed);
-                all.extend_from_slice(&word.to_ne_bytes());
-            }
-        }
+        disk_bytes(&self.device)
     }
 
     /// Blocks that are in use on it.
@@ -226,6 +214,39 @@ impl Drop for Disk<'_> {
     }
 }
 
+/// The device that cases may format, or a skip.
+pub fn scratch(ctx: &Ctx) -> Result<PathBuf> {
+    let device = ctx.setup.scratch.clone();
+    device.ok_or_else(|| skip("no --scratch device to make a file system on"))
+}
+
+fn raw(device: &Path, write: bool) -> Result<File> {
+    File::options()
+        .read(true)
+        .write(write)
+        .custom_flags(libc::O_DIRECT)
+        .open(device)
+        .with_context(|| format!("open {}", device.display()))
+}
+
+/// All of a disk, past every cache.
+pub fn disk_bytes(device: &Path) -> Result<Vec<u8>> {
+    const STEP: usize = 1 << 20;
+    let file = raw(device, false)?;
+    let buffer = Map::anonymous(STEP)?;
+    let mut all = Vec::new();
+    loop {
+        let read = sys::pread_into(&file, &buffer, 0, STEP, all.len() as u64)?;
+        if read == 0 {
+            return Ok(all);
+        }
+        for word in &buffer.words()[..read / 8] {
+            let word = word.load(std::sync::atomic::Ordering::Relaxed);
+            all.extend_from_slice(&word.to_ne_bytes());
+        }
+    }
+}
+
 /// Waits until value `name` of a VM is good; its states add up all the while.
 pub fn until_vm(ctx: &Ctx, guest: &Guest, name: &str, good: impl Fn(u64) -> bool) -> Result<()> {
     let vm = guest.sysfs(ctx);
@@ -244,7 +265,7 @@ pub fn push_out(ctx: &Ctx, guest: &Guest, pages: usize) -> Result<()> {
 }
 
 /// The guest's file, mapped by the running process: a fork does not inherit mappings of it.
-fn map_again(guest: &Guest) -> Result<Map> {
+pub fn map_again(guest: &Guest) -> Result<Map> {
     Ok(Map::shared(&guest.file, 0, guest.map.pages() * PAGE, RW)?)
 }
 
@@ -720,7 +741,7 @@ fn corrupt(ctx: &Ctx) -> Result<()> {
         PAGES * 3 / 4,
         PAGES + 64,
     )?;
-    let raw = disk.raw(true)?;
+    let raw = disk.raw()?;
     let buffer = Map::anonymous(PAGE)?;
     for block in blocks
         .iter()
@@ -761,8 +782,43 @@ fn corrupt(ctx: &Ctx) -> Result<()> {
     guest.sysfs(ctx).stat()?.check_sum()
 }
 
+/// What a search for a page of a guest looks for: sixteen bytes that no other page has.
+pub fn stamp(page: usize) -> [u8; 16] {
+    let mut stamp = [0; 16];
+    stamp[..8].copy_from_slice(&content::mix(page as u64).to_ne_bytes());
+    stamp[8..].copy_from_slice(&content::mix(!(page as u64)).to_ne_bytes());
+    stamp[0] = 0xa7;
+    stamp
+}
+
+/// A page with its [`stamp`]; every second one compresses.
+pub fn stamped(page: usize) -> PageBuf {
+    let mut content = match page % 2 {
+        0 => content::noise(page as u64),
+        _ => content::page(page as u64),
+    };
+    let stamp = stamp(page);
+    let (low, high) = stamp.split_at(8);
+    for (word, bytes) in content[100..102].iter_mut().zip([low, high]) {
+        *word = bytes
+            .iter()
+            .rev()
+            .fold(0, |word, byte| (word << 8) | u64::from(*byte));
+    }
+    content
+}
+
+/// A file of nothing but stamps, which is on the disk when this returns.
+pub fn write_stamps(path: &Path, pages: Range<usize>) -> Result<()> {
+    let mut file = File::create(path)?;
+    for page in pages {
+        std::io::Write::write_all(&mut file, &stamp(page))?;
+    }
+    file.sync_all().map_err(Into::into)
+}
+
 /// How many of the needles are in the hay.
-fn found(hay: &[u8], needles: &[[u8; 16]]) -> usize {
+pub fn found(hay: &[u8], needles: &[[u8; 16]]) -> usize {
     let mut windows = std::collections::HashSet::new();
     for at in 0..hay.len().saturating_sub(15) {
         // Every needle begins with an odd byte that few others begin with.
@@ -779,33 +835,15 @@ fn encrypted(ctx: &Ctx) -> Result<()> {
     let disk = Disk::new(ctx)?;
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guest = mount.guest("web", PAGES)?;
-    // Pages that compress and pages that do not, each with a stamp of its own.
-    let stamp = |page: usize| {
-        let mut stamp = [0; 16];
-        stamp[..8].copy_from_slice(&content::mix(page as u64).to_ne_bytes());
-        stamp[8..].copy_from_slice(&content::mix(!(page as u64)).to_ne_bytes());
-        stamp[0] = 0xa7;
-        stamp
-    };
     for page in 0..PAGES {
-        let mut content = match page % 2 {
-            0 => content::noise(page as u64),
-            _ => content::page(page as u64),
-        };
-        for (word, bytes) in content[100..102].iter_mut().zip(stamp(page).chunks(8)) {
-            *word = u64::from_ne_bytes(bytes.try_into()?);
-        }
-        guest.map.write_page(page, &content);
+        guest.map.write_page(page, &stamped(page));
     }
     push_out(ctx, &guest, PAGES)?;
     until_vm(ctx, &guest, "swap_outs", |n| n + 64 >= PAGES as u64)?;
     // The search finds what is there: stamps in a file beside.
-    let plain: Vec<[u8; 16]> = (PAGES..PAGES + STAMPED).map(stamp).collect();
-    let mut file = File::create(disk.path.join("plain"))?;
-    for stamp in &plain {
-        std::io::Write::write_all(&mut file, stamp)?;
-    }
-    file.sync_all()?;
+    let plain = PAGES..PAGES + STAMPED;
+    write_stamps(&disk.path.join("plain"), plain.clone())?;
+    let plain: Vec<[u8; 16]> = plain.map(stamp).collect();
     let bytes = disk.bytes()?;
     eq("stamps of a plain file", found(&bytes, &plain), STAMPED)?;
     let secret: Vec<[u8; 16]> = (0..PAGES).map(stamp).collect();

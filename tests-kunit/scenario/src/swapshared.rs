@@ -643,7 +643,7 @@ fn corrupt(ctx: &Ctx) -> Result<()> {
         PAGES * 3 / 4,
         PAGES + 64,
     )?;
-    let raw = disk.raw(true)?;
+    let raw = disk.raw()?;
     let buffer = Map::anonymous(PAGE)?;
     let step = blocks.len() / FLIPS;
     for block in blocks.iter().skip(3).step_by(step).take(FLIPS) {
