@@ -9,6 +9,8 @@
 //! second goes over the records: one that no page table maps is noted as idle, and whoever maps it
 //! takes the note away; one that is idle still when the walk comes again was touched by nobody in
 //! between, and is packed. A record knows nothing of its sharers, so nothing is done for each of them.
+//! As long as a VM has memory that is surely not in use, a round begins only a period of sampling after
+//! the last one, so that what any sharer uses is in use by the same measure.
 //!
 //! Lock order: region > index.
 
@@ -155,10 +157,13 @@ pub(crate) struct Hand {
     /// Rounds in a row that packed nothing.
     barren: u32,
     rest_until_us: u64,
+    /// When the last round ended.
+    ended_us: u64,
 }
 
 impl Hand {
-    /// Goes on with the walks until `wanted` pages were packed, or for a while.
+    /// Goes on with the walks until `wanted` pages were packed, or for a while. What was touched in the
+    /// `unused_us` before is in use.
     pub(crate) fn step(
         &mut self,
         host: &Host,
@@ -166,8 +171,10 @@ impl Hand {
         compressor: &mut Compressor,
         scratch: &mut Scratch,
         wanted: u64,
+        unused_us: u64,
     ) -> Step {
-        if self.rest_until_us > clock::now_us() || host.figures().pages_shared == 0 {
+        let until_us = (self.rest_until_us).max(self.ended_us.saturating_add(unused_us));
+        if until_us > clock::now_us() || host.figures().pages_shared == 0 {
             return Step::Resting;
         }
         if !self.zapped {
@@ -314,7 +321,8 @@ impl Hand {
         self.zapped = false;
         // The first barren round only took notes.
         let doublings = self.barren.saturating_sub(1);
-        self.rest_until_us = clock::now_us().saturating_add(REST_US << doublings);
+        self.ended_us = clock::now_us();
+        self.rest_until_us = self.ended_us.saturating_add(REST_US << doublings);
     }
 
     /// What did not work before may work now.

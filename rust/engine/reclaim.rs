@@ -13,6 +13,8 @@
 //! For the host's sake pages that are not in use go first, whoever has them (`logic::funding`). Which VM
 //! has any its sample tells, and what came back to it since; a VM of which two sweeps found hardly any
 //! has none until it is sampled anew. Such a sweep takes no page that was touched since the last one.
+//! Meanwhile a shared page is not in use if no sharer touched it for a period of sampling; without any
+//! such VM, if none did between two rounds.
 //!
 //! Lock order: region > index. The region lock is held for 64 pages, or for fewer when somebody waits
 //! for it.
@@ -381,7 +383,8 @@ impl Worker {
         ) else {
             return cold::Step::Resting;
         };
-        self.hand.step(host, vms, compressor, scratch, wanted)
+        let unused_us = shared_unused_us(host, vms);
+        (self.hand).step(host, vms, compressor, scratch, wanted, unused_us)
     }
 
     /// Swaps shared pages out, or brings them back, where a pool of theirs is larger than it may be.
@@ -698,6 +701,16 @@ fn bring_back(
         }
     }
     true
+}
+
+/// Microseconds in which nobody may have touched a shared page that is to go.
+fn shared_unused_us(host: &Host, vms: &[Arc<Vm>]) -> u64 {
+    let tax = host.knobs.idle_tax_percent.load(Ordering::Relaxed);
+    let asked = vms.iter().filter(|vm| !is_stuck(vm));
+    match funding::poorest(asked.map(|vm| vm.holding(host)), tax) {
+        Some(victim) if victim.with == Pages::Idle => host.sample_period_us(),
+        _ => 0,
+    }
 }
 
 /// Whether there was nothing more to take from a VM lately.

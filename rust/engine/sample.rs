@@ -240,6 +240,14 @@ impl Sample {
     }
 }
 
+impl Host {
+    /// `active_sample_period_secs`, in microseconds.
+    pub(crate) fn sample_period_us(&self) -> u64 {
+        let secs = &self.knobs.active_sample_period_secs;
+        secs.load(Ordering::Relaxed).saturating_mul(1_000_000)
+    }
+}
+
 /// Draws samples, period by period.
 pub(crate) struct Sampler {
     began_us: u64,
@@ -262,10 +270,7 @@ impl Sampler {
     pub(crate) fn turn(&mut self, host: &Host, vms: &[Arc<Vm>]) {
         let knobs = &host.knobs;
         let wanted = knobs.active_sample_pages.load(Ordering::Relaxed);
-        let period_us = knobs
-            .active_sample_period_secs
-            .load(Ordering::Relaxed)
-            .saturating_mul(1_000_000);
+        let period_us = host.sample_period_us();
         let now_us = clock::now_us();
         let over = now_us.saturating_sub(self.began_us) >= period_us;
         let short = host.state() != HostState::High;

@@ -12,6 +12,7 @@ use crate::contention::force;
 use crate::ctx::{Ctx, Guest};
 use crate::harness::Case;
 use crate::huge::{always, mapped_large, LARGE, LARGE_KB};
+use crate::sharing::merged_twins;
 
 /// The table of cases.
 pub const CASES: &[Case] = &[
@@ -34,6 +35,11 @@ pub const CASES: &[Case] = &[
         "huge/idle-first",
         "the same where all of it is 2 MiB pages",
         |ctx| idle_first(ctx, true),
+    ),
+    Case::thinram(
+        "contend/idle-shared",
+        "shared pages touched within a period stay while a VM has idle ones",
+        idle_shared,
     ),
     Case::thinram(
         "contend/filling",
@@ -224,31 +230,52 @@ fn idle_tax(ctx: &Ctx) -> Result<()> {
     busy.holds(0, 2048, 5000)
 }
 
-/// Waits until all of `first` was compressed; `other` must have lost nothing by then.
-fn pays_before(ctx: &Ctx, first: &Guest, other: &Guest) -> Result<()> {
-    let (vm, other_vm) = (first.sysfs(ctx), other.sysfs(ctx));
-    let before = other_vm.get("compressions")?;
+/// Waits until all of `first` was compressed; by then `lost`, pages `of` something else, must not have grown.
+fn pays_before(ctx: &Ctx, first: &Guest, of: &str, lost: impl Fn() -> Result<u64>) -> Result<()> {
+    let vm = first.sysfs(ctx);
+    let before = lost()?;
     ctx.until(
         &format!("all of {} is compressed", first.name),
         60.0,
         || {
-            // In this order: what is left afterwards was there when the other one's pages were counted.
-            let lost = other_vm.get("compressions")? - before;
+            // In this order: what is left afterwards was there when the others' pages were counted.
+            let lost = lost()? - before;
             let stat = vm.stat()?;
             let left = stat.get("private_kb")? + stat.get("huge_kb")?;
             if left > 0 {
-                eq(
-                    format!(
-                        "pages of {} compressed, {left} KiB of {}",
-                        other.name, first.name
-                    ),
-                    lost,
-                    0,
-                )?;
+                let what = format!("{of} pages compressed, {left} KiB of {}", first.name);
+                eq(what, lost, 0)?;
             }
             Ok((left == 0, format!("{left} KiB left")))
         },
     )
+}
+
+fn idle_shared(ctx: &Ctx) -> Result<()> {
+    const IDLE: usize = 4 * LARGE;
+    const SHARED: usize = LARGE;
+    let sys = ctx.sys();
+    let (mount, a, b) = merged_twins(ctx, SHARED)?;
+    let idle = mount.guest("idle", IDLE)?;
+    idle.fill(0, IDLE, 5000);
+    idle.sysfs(ctx).set("compress_max_percent", 100)?;
+    sys.set("active_sample_period_secs", 1)?;
+    two_periods(ctx)?;
+    // What was touched so far was touched within this one.
+    sys.set("active_sample_period_secs", 3600)?;
+    let lost = || sys.get("shared_compressions");
+    let before = lost()?;
+    force(ctx, "hard")?;
+    pays_before(ctx, &idle, "shared", lost)?;
+    // When no VM has idle pages left, what nobody touches for two rounds goes.
+    ctx.until("all shared pages are compressed", 60.0, || {
+        let seen = lost()? - before;
+        Ok((seen == SHARED as u64, seen.to_string()))
+    })?;
+    force(ctx, "none")?;
+    a.holds(0, SHARED, 1)?;
+    b.holds(0, SHARED, 1)?;
+    idle.holds(0, IDLE, 5000)
 }
 
 fn idle_first(ctx: &Ctx, large: bool) -> Result<()> {
@@ -284,7 +311,7 @@ fn idle_first(ctx: &Ctx, large: bool) -> Result<()> {
         }
         two_periods(ctx)?;
         force(ctx, "hard")?;
-        pays_before(ctx, &idle, &busy)?;
+        pays_before(ctx, &idle, "busy", || compressed(&busy))?;
         // When nobody has idle pages left, those in use are paid with.
         ctx.until("pages of the busy VM are compressed", 60.0, || {
             let seen = compressed(&busy)?;
@@ -360,7 +387,7 @@ fn filling(ctx: &Ctx) -> Result<()> {
     eq("active_kb of what came", active(&new)?, came)?;
     eq("active_kb of the other", active(&old)?, 0)?;
     force(ctx, "hard")?;
-    pays_before(ctx, &old, &new)?;
+    pays_before(ctx, &old, "new", || new.sysfs(ctx).get("compressions"))?;
     force(ctx, "none")?;
     old.holds(0, PAGES, 1)?;
     new.holds(0, PAGES, 5000)
