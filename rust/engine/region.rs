@@ -787,6 +787,14 @@ impl Registry {
         Some((region, page_id as usize % SLOTS))
     }
 
+    /// The word of a page, without a reference to its region: the index is locked, where none may be the
+    /// last one to go.
+    pub(crate) fn peek(&self, page_id: u32) -> Option<Slot> {
+        let table = self.table.lock();
+        let region = table.regions.get((page_id / SLOTS as u32) as usize)?;
+        Some(region.as_ref()?.peek(page_id as usize % SLOTS))
+    }
+
     /// Regions that there are.
     pub(crate) fn live(&self) -> u64 {
         self.table.lock().live

@@ -751,7 +751,6 @@ fn forget_owner(registry: &Registry, page_id: u32) {
 
 impl Pages for Registry {
     fn peek(&self, page_id: u32) -> Option<Slot> {
-        let (region, index) = self.page(page_id)?;
-        Some(region.peek(index))
+        self.peek(page_id)
     }
 }
