@@ -15,6 +15,9 @@ use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
 use nix::mount::{mount, umount, MsFlags};
 use nix::sys::signal::Signal;
+use rand::rngs::SmallRng;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
 
 use crate::check::{bytes_are, eq, fails, page_is, skip, within, BusError};
 use crate::content::{self, page_bytes};
@@ -108,6 +111,12 @@ pub const CASES: &[Case] = &[
         "pages of 2 MiB are split and go to swap",
         from_huge,
     ),
+    Case::thinram(
+        "swap/every-stage",
+        "stamps of all pages, over and over, wherever they are meanwhile",
+        every_stage,
+    )
+    .span(10.0),
 ];
 
 /// Seconds within which a few thousand pages surely are on the disk or back.
@@ -920,4 +929,54 @@ fn from_huge(ctx: &Ctx) -> Result<()> {
     )?;
     push_out(ctx, &guest, PAGES)?;
     guest.holds(0, PAGES, 1)
+}
+
+fn every_stage(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 8192;
+    // Twice, so that each page had the time to go and to come.
+    const ROUNDS_MIN: u64 = 2;
+    const WAYS: [&str; 4] = ["compressions", "decompressions", "swap_outs", "swap_ins"];
+    let size = 4 * PAGES as u64;
+    let _disk = Disk::new(ctx)?;
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let guest = mount.guest("web", PAGES)?;
+    let vm = guest.sysfs(ctx);
+    let seed = |page: usize, version: u64| content::mix(((page as u64) << 32) | version);
+    let mut versions = vec![0u64; PAGES];
+    for page in 0..PAGES {
+        guest.map.write_page(page, &content::page(seed(page, 0)));
+    }
+    vm.set("limit_kb", size / 2)?;
+    let count = || -> Result<Vec<u64>> { WAYS.iter().map(|way| vm.get(way)).collect() };
+    let before = count()?;
+    let mut rng = SmallRng::seed_from_u64(ctx.setup.seed);
+    let mut order: Vec<usize> = (0..PAGES).collect();
+    let end = Instant::now() + ctx.span(10.0);
+    let mut shown = Instant::now();
+    let (mut rounds, mut checked) = (0u64, 0u64);
+    while rounds < ROUNDS_MIN || Instant::now() < end {
+        order.shuffle(&mut rng);
+        for &page in &order {
+            let expected = content::page(seed(page, versions[page]));
+            let what = format!("page {page}, version {}", versions[page]);
+            page_is(what, &guest.map.read_page(page), &expected)?;
+            checked += 1;
+            if rng.random_ratio(1, 8) {
+                versions[page] += 1;
+                let next = content::page(seed(page, versions[page]));
+                guest.map.write_page(page, &next);
+            }
+        }
+        rounds += 1;
+        if shown.elapsed() > Duration::from_secs(10) {
+            shown = Instant::now();
+            println!("{checked} pages checked");
+        }
+    }
+    println!("{checked} pages checked");
+    for ((way, before), after) in WAYS.iter().zip(before).zip(count()?) {
+        println!("{way}: {}", after - before);
+        within(way, after - before, PAGES as u64 / 8, u64::MAX)?;
+    }
+    Ok(())
 }
