@@ -348,7 +348,7 @@ pub(crate) fn zero_bytes(backing: &Backing, page: u64, from: u64, to: u64) -> Re
     };
     frame
         .as_ref()
-        .zero_range(usize::try_from(from)?, usize::try_from(to)?);
+        .zero_hole(usize::try_from(from)?, usize::try_from(to)?);
     Ok(())
 }
 

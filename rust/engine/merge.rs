@@ -19,6 +19,7 @@ use crate::{
     logic::slot::{Class, State},
     sys::{
         page::{Frame, PageRef},
+        protect::{self, Protection},
         slots::Content,
         zs::Scratch,
     },
@@ -299,6 +300,8 @@ fn pair(
     let same_region = core::ptr::eq(&*other_region, guard.region());
     let mut second = if same_region {
         None
+    } else if !protect::armed(Protection::TryLock) {
+        Some(other_region.lock())
     } else {
         match other_region.try_lock() {
             Some(second) => Some(second),
@@ -331,7 +334,11 @@ fn pair(
                 } else {
                     guard.zap(index);
                     second.zap(other);
-                    copy_if_equal(host, page, other_page, &mut fresh)
+                    let outcome = copy_if_equal(host, page, other_page, &mut fresh);
+                    if outcome == Outcome::Merged && !protect::armed(Protection::FreshFrame) {
+                        fresh = page.get();
+                    }
+                    outcome
                 }
             }
             _ => Outcome::NotNow,

@@ -778,12 +778,7 @@ impl Vm {
             pages: (self.resident_kb() / PAGE_KB).saturating_add(frames),
             active: in_use.saturating_add(frames),
             idle: self.idle_pages().saturating_add(self.stored_pages(host)),
-            reserved: (self
-                .claims
-                .reservation_kb
-                .load(Ordering::Relaxed)
-                .div_ceil(PAGE_KB))
-            .saturating_add(frames),
+            reserved: (self.claims.reserved_kb().div_ceil(PAGE_KB)).saturating_add(frames),
         }
     }
 }

@@ -27,6 +27,7 @@ use crate::{
     sys::{
         hash,
         page::{Frame, Purpose},
+        protect::{self, Protection},
         slots::{Content, SLOTS},
         task,
         zs::Scratch,
@@ -100,6 +101,9 @@ fn apply_held_still(
     // Room for all, so that nothing can fail once the change is made.
     let mut changed = KVec::with_capacity(vms.len(), GFP_KERNEL)?;
     let breaks = |guard: &RegionGuard<'_>, record: u32| {
+        if !protect::armed(Protection::Unshare) {
+            return false;
+        }
         let new = change.scope_of(guard.region().vm(), now);
         let stays = match groups.get(record as usize) {
             Some(Group::One(scope)) => *scope == new,

@@ -86,7 +86,7 @@ impl Shrinking {
 
 /// Pages above what the VM may always keep.
 fn spare_pages(vm: &Vm) -> u64 {
-    let kept_kb = vm.claims.reservation_kb.load(Ordering::Relaxed);
+    let kept_kb = vm.claims.reserved_kb();
     vm.resident_kb().saturating_sub(kept_kb) / 4
 }
 

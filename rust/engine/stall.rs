@@ -13,6 +13,7 @@ use crate::{
     sys::{
         clock,
         fault::{Answer, Fault},
+        protect::{self, Protection},
         task,
     },
 };
@@ -26,6 +27,9 @@ impl Host {
     /// Whether `vm` must wait before it gets more memory.
     #[inline]
     pub(crate) fn must_wait(&self, vm: &Vm) -> bool {
+        if !protect::armed(Protection::Throttle) {
+            return false;
+        }
         vm.is_over_limit() && !vm.is_stuck()
             || self.state() == HostState::Low && (vm.is_over_share() || self.pressure.is_critical())
     }

@@ -175,6 +175,17 @@ pub(crate) struct Claims {
     pub(crate) compress_max_percent: AtomicU64,
 }
 
+impl Claims {
+    /// What it may keep whatever happens.
+    pub(crate) fn reserved_kb(&self) -> u64 {
+        if protect::armed(protect::Protection::Reservation) {
+            self.reservation_kb.load(Ordering::Relaxed)
+        } else {
+            0
+        }
+    }
+}
+
 /// One VM: the files of one directory.
 #[pin_data]
 pub(crate) struct Vm {

@@ -3,7 +3,7 @@
 //! What leaves memory is encrypted, and known to be what left: ChaCha20 and SipHash-2-4, which every
 //! kernel has built in, with a key that is drawn when a swap file is made and is gone with it.
 
-use super::bindings;
+use super::{bindings, protect};
 
 /// What makes a key stream: never the same twice under one key.
 #[derive(Clone, Copy)]
@@ -49,6 +49,9 @@ impl Key {
 
     /// Encrypts `bytes`, or decrypts them: the same both ways.
     pub(crate) fn apply(&self, nonce: Nonce, bytes: &mut [u8]) {
+        if !protect::armed(protect::Protection::Encrypt) {
+            return;
+        }
         const CONSTANTS: [u32; 4] = [0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574];
         let [c0, c1, c2, c3] = CONSTANTS;
         let [k0, k1, k2, k3, k4, k5, k6, k7] = self.cipher;

@@ -34,12 +34,20 @@ impl Purpose {
     pub(super) fn gfp(self) -> bindings::gfp_t {
         // SAFETY: Constants of helpers.c, never written.
         unsafe {
-            match self {
-                Purpose::Guest => bindings::thinram_gfp_guest,
-                Purpose::GuestZeroed => bindings::thinram_gfp_guest_zeroed,
+            let flags = match self {
+                Purpose::GuestZeroed if protect::armed(protect::Protection::Zeroed) => {
+                    bindings::thinram_gfp_guest_zeroed
+                }
+                Purpose::Guest | Purpose::GuestZeroed => bindings::thinram_gfp_guest,
                 Purpose::Returned => bindings::thinram_gfp_returned,
                 Purpose::Shared => bindings::thinram_gfp_shared,
                 Purpose::Awaited => bindings::thinram_gfp_awaited,
+            };
+            if protect::armed(protect::Protection::Charge) {
+                flags
+            } else {
+                // These two differ by the charge alone.
+                flags & !(bindings::thinram_gfp_guest ^ bindings::thinram_gfp_awaited)
             }
         }
     }
@@ -268,6 +276,9 @@ impl<'a> PageRef<'a> {
 
     /// Whether memory_failure() marked the page.
     pub(crate) fn is_poisoned(self) -> bool {
+        if !protect::armed(protect::Protection::Poison) {
+            return false;
+        }
         // SAFETY: The page is alive.
         unsafe { bindings::thinram_page_poisoned(self.0.as_ptr()) }
     }
@@ -350,6 +361,13 @@ impl<'a> PageRef<'a> {
                 hash: bindings::thinram_page_private(self.0.as_ptr()) as u64,
                 scope: bindings::thinram_page_note(self.0.as_ptr()) as u32,
             }
+        }
+    }
+
+    /// Writes zeroes where a hole or a new end of the file cut `from` to `to` off.
+    pub(crate) fn zero_hole(self, from: usize, to: usize) {
+        if protect::armed(protect::Protection::ZeroHole) {
+            self.zero_range(from, to);
         }
     }
 

@@ -33,6 +33,26 @@ pub(crate) enum Protection {
     Checksum,
     /// Let a page go to the swap file only once it was written there.
     WriteResult,
+    /// Give a guest no frame that shows what another left in it.
+    Zeroed,
+    /// Zero what a hole or a new end cuts off in a page that stays.
+    ZeroHole,
+    /// Merge into a fresh frame, never into that of a sharer, who may have chosen where it lies.
+    FreshFrame,
+    /// Keep off memory that is marked as broken.
+    Poison,
+    /// Encrypt what goes to a swap file.
+    Encrypt,
+    /// Charge a guest's own pages to its memory cgroup.
+    Charge,
+    /// Leave a VM what is reserved for it.
+    Reservation,
+    /// Have VMs wait that want more than their part while the host is short of memory.
+    Throttle,
+    /// Lock a second region only if it is free: who waits for one with another locked may wait for ever.
+    TryLock,
+    /// Break the shares across a border before a change of it returns.
+    Unshare,
     /// Let the index grow: without it, more contents than it holds have to take turns.
     IndexGrowth,
     /// Keep frames for a split for which there is no memory.
@@ -43,7 +63,7 @@ pub(crate) enum Protection {
 
 #[cfg(thinram_debug)]
 /// All of them, with the names of their switches in debugfs.
-pub(crate) const ALL: [(Protection, &kernel::str::CStr); 15] = [
+pub(crate) const ALL: [(Protection, &kernel::str::CStr); 25] = [
     (Protection::Zap, c"break_zap"),
     (Protection::Freeze, c"break_freeze"),
     (Protection::Compare, c"break_compare"),
@@ -56,6 +76,16 @@ pub(crate) const ALL: [(Protection, &kernel::str::CStr); 15] = [
     (Protection::WholeHash, c"break_whole_hash"),
     (Protection::Checksum, c"break_checksum"),
     (Protection::WriteResult, c"break_write_result"),
+    (Protection::Zeroed, c"break_zeroed"),
+    (Protection::ZeroHole, c"break_zero_hole"),
+    (Protection::FreshFrame, c"break_fresh_frame"),
+    (Protection::Poison, c"break_poison"),
+    (Protection::Encrypt, c"break_encrypt"),
+    (Protection::Charge, c"break_charge"),
+    (Protection::Reservation, c"break_reservation"),
+    (Protection::Throttle, c"break_throttle"),
+    (Protection::TryLock, c"break_try_lock"),
+    (Protection::Unshare, c"break_unshare"),
     (Protection::IndexGrowth, c"break_index_growth"),
     (Protection::SplitReserve, c"break_split_reserve"),
     (Protection::RegionNumbers, c"break_region_numbers"),

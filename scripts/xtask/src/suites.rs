@@ -49,7 +49,7 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
         let smp = s.spawn(|| {
             let name = "stock kernel, 2 CPUs: scenarios";
             let scenarios = Suite::run(Kind::Scenario, name, || smp(k));
-            let large = "stock kernel: each protection of 2 MiB pages is missed";
+            let large = "stock kernel: each protection is missed";
             vec![
                 scenarios,
                 Suite::run(Kind::Scenario, large, || large_proofs(k)),
@@ -173,7 +173,7 @@ fn uml(k: &Kernel) -> Vec<Suite> {
     let proofs = Suite::run(Kind::Scenario, "UML: each protection is missed", || {
         proofs(k)
     });
-    vec![kunit, harness, scenarios, proofs]
+    vec![kunit, harness, scenarios, proofs, lock_order(k)]
 }
 
 /// Takes one protection out at a time; the torture has to see corrupt data each time. What the
@@ -201,6 +201,52 @@ fn prove(k: &Kernel, mut job: Job) -> Result<Vec<Test>> {
     Ok(tests)
 }
 
+/// What a script tells the kernel's log before the order of locks is broken.
+const ORDER_BROKEN: &str = "thinram: a second region is waited for from here";
+/// What lockdep says then.
+const LOCKDEP: &str = "possible recursive locking detected";
+
+/// Lockdep has nothing to say of two guests that merge, until a second region is waited for.
+pub fn lock_order(k: &Kernel) -> Suite {
+    Suite::run(
+        Kind::Scenario,
+        "UML: lockdep knows the order of locks",
+        || {
+            setup::uml(k, setup::Uml::Kasan)?;
+            let case =
+                "/src/target/sysroot/release/thinram-scenario run --filter share/across-vms \
+                    --patience 10 --mount /run/thinram";
+            let script = format!(
+                "sh -c '{case}; echo {ORDER_BROKEN} >/dev/kmsg; \
+             echo 1 >/sys/kernel/debug/thinram/break_try_lock; {case}'"
+            );
+            let mut job = job("lock-order", Place::UmlKasan, &script);
+            job.append += " panic_on_warn=0";
+            Ok(vec![order_is_known(&vm::execute(k, &job)?)])
+        },
+    )
+}
+
+fn order_is_known(run: &vm::Outcome) -> Test {
+    let name = "prove/try_lock-share/across-vms";
+    let Some((before, after)) = run.kernel_log.split_once(ORDER_BROKEN) else {
+        let why = format!("the first half did not end, logs in {}", run.dir.display());
+        return Test::fail(name, why);
+    };
+    let mut why = vm::problems(before);
+    let passed = ktap::parse(&run.output);
+    if !matches!(passed.first(), Some(first) if first.outcome == Outcome::Pass) {
+        why.push("two guests did not merge".into());
+    }
+    if !after.contains(LOCKDEP) {
+        why.push(format!("expected {LOCKDEP:?} without the protection"));
+    }
+    match why.is_empty() {
+        true => Test::pass(name),
+        false => Test::fail(name, why.join("; ")),
+    }
+}
+
 /// Only this module's suites; a plan of nothing is a failure.
 const KUNIT: &str = "kunit.filter_glob=thinram*";
 
@@ -219,7 +265,7 @@ fn large_proofs(k: &Kernel) -> Result<Vec<Test>> {
          {scenario} run --filter debug/fail-a --filter debug/fail-l --filter debug/no-large \
          --filter debug/lost-hint --filter debug/split --patience 15 --mount /run/thinram \
          --ko /src/target/module-debug/thinram.ko; \
-         {scenario} prove --protection large --patience 15 --mount /run/thinram'"
+         {scenario} prove --protection stock --patience 15 --mount /run/thinram'"
     );
     prove(k, job("large-proofs", Place::SmpHost, &script))
 }
@@ -304,6 +350,30 @@ fn job(name: &str, place: Place, script: &str) -> Job {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lockdep_has_to_speak_after_the_order_is_broken_and_not_before() {
+        let pass = "KTAP version 1\n1..1\nok 1 share/across-vms\n";
+        let seen = format!("quiet\n{ORDER_BROKEN}\nWARNING: {LOCKDEP}\n");
+        let run = |output: &str, log: &str| vm::Outcome {
+            output: output.into(),
+            kernel_log: log.into(),
+            exit: Some(0),
+            problems: Vec::new(),
+            time: Duration::ZERO,
+            dir: "log".into(),
+        };
+        assert_eq!(order_is_known(&run(pass, &seen)).outcome, Outcome::Pass);
+        for (output, log) in [
+            (pass, format!("quiet\n{ORDER_BROKEN}\nquiet\n")),
+            (pass, format!("WARNING: {LOCKDEP}\n{seen}")),
+            (pass, "quiet\n".into()),
+            ("", seen.clone()),
+        ] {
+            let test = order_is_known(&run(output, &log));
+            assert!(matches!(test.outcome, Outcome::Fail(_)), "{log}");
+        }
+    }
 
     #[test]
     fn only_the_panic_that_was_asked_for_counts() {

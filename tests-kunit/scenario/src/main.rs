@@ -76,7 +76,7 @@ enum Command {
     Prove {
         #[command(flatten)]
         options: Options,
-        /// The protection, `all` of those without 2 MiB pages, or `large`: the rest
+        /// The protection, `all` of those that can be missed anywhere, or `stock`: the rest
         #[arg(long, default_value = "all")]
         protection: String,
         /// Print the table of protections

@@ -119,6 +119,11 @@ pub const CASES: &[Case] = &[
         "write(2) of a file from its own mapping",
         from_itself,
     ),
+    Case::both(
+        "mmap/fresh-is-zero",
+        "a fresh page shows nothing of the guest before",
+        fresh_is_zero,
+    ),
     Case::both("mmap/sparse", "a 64 GiB file takes what is touched", sparse),
     Case::both(
         "mmap/atomics",
@@ -1106,6 +1111,38 @@ fn from_itself(ctx: &Ctx) -> Result<()> {
         PAGE,
     )?;
     page_is("zeroes written", &map.read_page(1), &[0; WORDS])
+}
+
+fn fresh_is_zero(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 768;
+    const THIRD: usize = PAGES / 3;
+    let mount = ctx.mount("m", "size=64M")?;
+    for _ in 0..3 {
+        // What one leaves behind is what the next is given.
+        let goes = mount.guest("goes", PAGES)?;
+        goes.fill_noise(0, PAGES);
+        std::fs::remove_file(&goes.path)?;
+        drop(goes);
+        let comes = mount.guest("comes", PAGES)?;
+        let third = (THIRD * PAGE) as i64;
+        sys::fallocate(&comes.file, 0, 2 * third, third).context("fallocate")?;
+        for page in 0..2 * THIRD {
+            let word = 7 + page as u64;
+            if page < THIRD {
+                comes.map.set(page, 3, word);
+            } else {
+                let at = (page * PAGE + 24) as u64;
+                comes.file.write_all_at(&word.to_ne_bytes(), at)?;
+            }
+            let mut expected = [0; WORDS];
+            expected[3] = word;
+            let what = format!("page {page} around a word");
+            page_is(what, &comes.map.read_page(page), &expected)?;
+        }
+        comes.is_zero(2 * THIRD, PAGES)?;
+        std::fs::remove_file(&comes.path)?;
+    }
+    Ok(())
 }
 
 fn sparse(ctx: &Ctx) -> Result<()> {

@@ -22,8 +22,8 @@ struct Protection {
     case: &'static str,
     /// How it notices.
     sees: Sees,
-    /// On the stock kernel: it needs 2 MiB pages, which User-Mode Linux has not.
-    large: bool,
+    /// On the stock kernel: it needs 2 MiB pages or broken memory, which User-Mode Linux has not.
+    stock: bool,
     /// Another switch, with which the case must pass as long as the protection is in place: it makes
     /// common what the protection is for.
     with: Option<&'static str>,
@@ -36,12 +36,32 @@ enum Sees {
     Corruption,
     /// The same, or the kernel notices first and kills the process by SIGBUS.
     CorruptionOrBusError,
-    /// That pages merge which must not, or do not which must: no byte is wrong.
-    WrongSharing,
+    /// No byte is wrong, but something else.
+    Otherwise(&'static str),
 }
 
-/// A protection whose case is about 2 MiB pages.
-const fn large(
+/// That pages merge which must not, or do not which must.
+const WRONG_SHARING: Sees = Sees::Otherwise("wrong sharing");
+
+/// A protection whose case runs anywhere.
+const fn small(
+    name: &'static str,
+    prevents: &'static str,
+    case: &'static str,
+    sees: Sees,
+) -> Protection {
+    Protection {
+        name,
+        prevents,
+        case,
+        sees,
+        stock: false,
+        with: None,
+    }
+}
+
+/// A protection whose case is about what only the stock kernel has.
+const fn stock(
     name: &'static str,
     prevents: &'static str,
     case: &'static str,
@@ -53,7 +73,7 @@ const fn large(
         prevents,
         case,
         sees,
-        large: true,
+        stock: true,
         with,
     }
 }
@@ -63,7 +83,7 @@ impl Sees {
         match self {
             Sees::Corruption => *verdict == Verdict::Corrupt,
             Sees::CorruptionOrBusError => matches!(verdict, Verdict::Corrupt | Verdict::BusError),
-            Sees::WrongSharing => *verdict == Verdict::Fail,
+            Sees::Otherwise(_) => *verdict == Verdict::Fail,
         }
     }
 
@@ -71,135 +91,157 @@ impl Sees {
         match self {
             Sees::Corruption => "corrupted data",
             Sees::CorruptionOrBusError => "corrupted data or SIGBUS",
-            Sees::WrongSharing => "wrong sharing",
+            Sees::Otherwise(what) => what,
         }
     }
 }
 
 const PROTECTIONS: &[Protection] = &[
-    Protection {
-        name: "zap",
-        prevents: "a mapping that outlives the page in its slot",
-        case: "torture/syscalls",
+    small(
+        "zap",
+        "a mapping that outlives the page in its slot",
+        "torture/syscalls",
         // The next write fault finds another page mapped than the slot's.
-        sees: Sees::CorruptionOrBusError,
-        large: false,
-        with: None,
-    },
-    Protection {
-        name: "freeze",
-        prevents: "replacing a page that somebody else holds",
-        case: "share/held-for-writing",
-        sees: Sees::Corruption,
-        large: false,
-        with: None,
-    },
-    Protection {
-        name: "freeze",
-        prevents: "compressing a page that somebody else holds",
-        case: "contend/held",
-        sees: Sees::Corruption,
-        large: false,
-        with: None,
-    },
+        Sees::CorruptionOrBusError,
+    ),
+    small(
+        "freeze",
+        "replacing a page that somebody else holds",
+        "share/held-for-writing",
+        Sees::Corruption,
+    ),
+    small(
+        "freeze",
+        "compressing a page that somebody else holds",
+        "contend/held",
+        Sees::Corruption,
+    ),
     Protection {
         name: "compare",
         prevents: "merging pages whose hash alone is the same",
         case: "torture/mapping",
         sees: Sees::Corruption,
-        large: false,
+        stock: false,
         with: Some("whole_hash"),
     },
-    Protection {
-        name: "read_only",
-        prevents: "writing to a frame that others share",
-        case: "torture/mapping",
-        sees: Sees::Corruption,
-        large: false,
-        with: None,
-    },
-    Protection {
-        name: "punch_zap",
-        prevents: "a mapping that outlives the page's hole",
-        case: "torture/punch",
+    small(
+        "read_only",
+        "writing to a frame that others share",
+        "torture/mapping",
+        Sees::Corruption,
+    ),
+    small(
+        "punch_zap",
+        "a mapping that outlives the page's hole",
+        "torture/punch",
         // The same, where what was there is mapped read-only.
-        sees: Sees::CorruptionOrBusError,
-        large: false,
-        with: None,
-    },
-    Protection {
-        name: "write_protect",
-        prevents: "trusting a hash though a write would not be noticed",
-        case: "share/write-noticed",
-        sees: Sees::WrongSharing,
-        large: false,
-        with: None,
-    },
-    Protection {
-        name: "note_change",
-        prevents: "trusting a hash after a write",
-        case: "share/write-noticed",
-        sees: Sees::WrongSharing,
-        large: false,
-        with: None,
-    },
-    Protection {
-        name: "unpinned",
-        prevents: "trusting a hash while a pin may write",
-        case: "share/late-pin",
-        sees: Sees::WrongSharing,
-        large: false,
-        with: None,
-    },
-    Protection {
-        name: "border",
-        prevents: "sharing over the border of a domain",
-        case: "share/across-domains",
-        sees: Sees::WrongSharing,
-        large: false,
-        with: None,
-    },
-    Protection {
-        name: "checksum",
-        prevents: "believing what a disk gives back",
-        case: "swap/corrupt",
-        sees: Sees::Corruption,
-        large: false,
-        with: None,
-    },
-    Protection {
-        name: "write_result",
-        prevents: "giving a page up that was not written",
-        case: "swap/write-fails",
+        Sees::CorruptionOrBusError,
+    ),
+    small(
+        "write_protect",
+        "trusting a hash though a write would not be noticed",
+        "share/write-noticed",
+        WRONG_SHARING,
+    ),
+    small(
+        "note_change",
+        "trusting a hash after a write",
+        "share/write-noticed",
+        WRONG_SHARING,
+    ),
+    small(
+        "unpinned",
+        "trusting a hash while a pin may write",
+        "share/late-pin",
+        WRONG_SHARING,
+    ),
+    small(
+        "border",
+        "sharing over the border of a domain",
+        "share/across-domains",
+        WRONG_SHARING,
+    ),
+    small(
+        "unshare",
+        "sharing on over a border that was just drawn",
+        "share/domain-change",
+        WRONG_SHARING,
+    ),
+    small(
+        "fresh_frame",
+        "a sharer who chose where the common frame lies",
+        "share/fresh-frame",
+        WRONG_SHARING,
+    ),
+    small(
+        "zeroed",
+        "showing a guest what another left in a frame",
+        "mmap/fresh-is-zero",
+        Sees::Corruption,
+    ),
+    small(
+        "zero_hole",
+        "showing again what a hole cut off",
+        "fs/punch-unaligned",
+        Sees::Corruption,
+    ),
+    small(
+        "charge",
+        "memory that no cgroup's limit holds back",
+        "memcg/charge",
+        Sees::Otherwise("pages that are not charged"),
+    ),
+    small(
+        "reservation",
+        "taking what is reserved for a VM",
+        "contend/reservation",
+        Sees::Otherwise("a VM below its reservation"),
+    ),
+    small(
+        "throttle",
+        "giving away what reclaim needs to go on",
+        "contend/low",
+        Sees::Otherwise("a VM that does not wait"),
+    ),
+    small(
+        "encrypt",
+        "a disk that tells what guests had in memory",
+        "swap/encrypted",
+        Sees::Otherwise("plain text on the disk"),
+    ),
+    small(
+        "checksum",
+        "believing what a disk gives back",
+        "swap/corrupt",
+        Sees::Corruption,
+    ),
+    small(
+        "write_result",
+        "giving a page up that was not written",
+        "swap/write-fails",
         // Its processes cannot read it again.
-        sees: Sees::CorruptionOrBusError,
-        large: false,
-        with: None,
-    },
-    Protection {
-        name: "checksum",
-        prevents: "believing what a disk gives back of a shared page",
-        case: "swap/shared-corrupt",
-        sees: Sees::Corruption,
-        large: false,
-        with: None,
-    },
-    Protection {
-        name: "write_result",
-        prevents: "giving a shared page up that was not written",
-        case: "swap/shared-write-fails",
-        sees: Sees::CorruptionOrBusError,
-        large: false,
-        with: None,
-    },
-    large(
+        Sees::CorruptionOrBusError,
+    ),
+    small(
+        "checksum",
+        "believing what a disk gives back of a shared page",
+        "swap/shared-corrupt",
+        Sees::Corruption,
+    ),
+    small(
+        "write_result",
+        "giving a shared page up that was not written",
+        "swap/shared-write-fails",
+        Sees::CorruptionOrBusError,
+    ),
+    stock(
         "freeze",
         "splitting a folio that somebody holds a part of",
         "huge/split-held",
         Sees::Corruption,
         None,
     ),
-    large(
+    stock(
         "freeze",
         "collapsing a region of which somebody holds a page",
         "huge/collapse-held",
@@ -207,39 +249,53 @@ const PROTECTIONS: &[Protection] = &[
         // The look before the zap finds nearly all of them; it alone is not enough.
         Some("unpinned"),
     ),
-    large(
+    stock(
         "punch_zap",
         "a mapping that outlives a folio's hole",
         "huge/holes",
         Sees::Corruption,
         None,
     ),
-    large(
+    stock(
+        "zero_hole",
+        "showing again what a hole in a folio cut off",
+        "huge/holes",
+        Sees::Corruption,
+        None,
+    ),
+    stock(
+        "poison",
+        "serving memory that is marked as broken",
+        "host/hwpoison",
+        Sees::Otherwise("broken memory that is served"),
+        None,
+    ),
+    stock(
         "write_protect",
         "trusting the hash of a part though a write would not be noticed",
         "huge/write-noticed",
-        Sees::WrongSharing,
+        WRONG_SHARING,
         None,
     ),
-    large(
+    stock(
         "note_change",
         "trusting the hash of a part after a write",
         "huge/write-noticed",
-        Sees::WrongSharing,
+        WRONG_SHARING,
         None,
     ),
-    large(
+    stock(
         "unpinned",
         "trusting the hash of a part while a pin may write",
         "huge/late-pin",
-        Sees::WrongSharing,
+        WRONG_SHARING,
         None,
     ),
-    large(
+    stock(
         "split_reserve",
         "a split that waits for memory when there is none",
         "debug/split-reserve",
-        Sees::WrongSharing,
+        Sees::Otherwise("nothing that is split"),
         None,
     ),
 ];
@@ -268,8 +324,8 @@ pub fn run(setup: &Setup, wanted: &str) -> Result<()> {
     let chosen: Vec<&Protection> = PROTECTIONS
         .iter()
         .filter(|p| match wanted {
-            "all" => !p.large,
-            "large" => p.large,
+            "all" => !p.stock,
+            "stock" => p.stock,
             name => p.name == name,
         })
         .collect();

@@ -12,7 +12,7 @@ use anyhow::{bail, Context, Result};
 use nix::sys::uio::{process_vm_writev, RemoteIoVec};
 use nix::unistd::Pid;
 
-use crate::check::{bytes_are, eq, page_is, within};
+use crate::check::{bytes_are, eq, page_is, that, within};
 use crate::content::{self, page_bytes, pages_bytes};
 use crate::ctx::{Ctx, Guest, Mount};
 use crate::harness::Case;
@@ -40,6 +40,11 @@ pub const CASES: &[Case] = &[
         "share/across-vms",
         "duplicates over the VMs of one domain",
         across_vms,
+    ),
+    Case::thinram(
+        "share/fresh-frame",
+        "a merge takes a fresh frame, never that of a sharer",
+        fresh_frame,
     ),
     Case::thinram(
         "share/first-pass",
@@ -272,6 +277,26 @@ fn across_vms(ctx: &Ctx) -> Result<()> {
     }
     eq("shared_frames_kb", sys.get("shared_frames_kb")?, 1024)?;
     together(&a, &b)
+}
+
+fn fresh_frame(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 256;
+    let (_mount, a, b) = twins(ctx, PAGES)?;
+    let own = [sys::frames(&a.map)?, sys::frames(&b.map)?];
+    let sys = ctx.sys();
+    sys.flat_out()?;
+    ctx.until_is("pages_sharing", PAGES as u64, SOON)?;
+    sys.set("run", 0)?;
+    for guest in [&a, &b] {
+        guest.holds(0, PAGES, 1)?;
+        for (page, frame) in sys::frames(&guest.map)?.into_iter().enumerate() {
+            that(
+                format!("page {page} has a frame that none of the two had"),
+                frame.is_some() && own.iter().all(|own| own[page] != frame),
+            )?;
+        }
+    }
+    Ok(())
 }
 
 fn first_pass(ctx: &Ctx) -> Result<()> {
