@@ -301,6 +301,11 @@ void thinram_table_free(struct page *table)
 	call_rcu(&page_ptdesc(table)->pt_rcu_head, thinram_table_freed);
 }
 
+bool thinram_page_take_referenced(struct page *page)
+{
+	return folio_test_clear_referenced(page_folio(page));
+}
+
 /* Memory cgroups. */
 struct mem_cgroup *thinram_memcg_of_current(void)
 {

@@ -44,6 +44,7 @@ unsigned long thinram_copy_mc(void *to, const void *from, unsigned int bytes);
 bool thinram_page_freeze(struct page *page, int refs);
 void thinram_page_unfreeze(struct page *page, int refs);
 bool thinram_page_poisoned(const struct page *page);
+bool thinram_page_take_referenced(struct page *page);
 unsigned long thinram_page_private(const struct page *page);
 void thinram_page_set_private(struct page *page, unsigned long value);
 unsigned long thinram_page_note(const struct page *page);

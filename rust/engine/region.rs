@@ -21,6 +21,7 @@ use crate::{
         page::{Frame, PageRef, Purpose},
         protect,
         slots::{Content, SlotKey, SlotWords, SLOTS},
+        watching,
         zs::{Corrupt, NoRoom, Scratch},
     },
 };
@@ -512,9 +513,31 @@ impl RegionGuard<'_> {
     pub(crate) fn watch(&mut self, index: usize) -> Option<bool> {
         let own = self.is_own(index);
         let watch = self.watched().watch(index, own)?;
-        self.zap(index);
+        if !watching::by_cleaning() || self.clean(index).is_none() {
+            self.zap(index);
+        }
         self.set_watched(watch);
         Some(own)
+    }
+
+    /// Cleans a small page of the VM's own. Whether it was touched since it was last cleaned; `None` for
+    /// any other page.
+    fn clean(&self, index: usize) -> Option<bool> {
+        let page = self.page(index)?;
+        let mapping = self.inner.mapping.as_ref()?;
+        let dirty = mapping.clean(self.region.first_page.saturating_add(index as u64));
+        Some(page.take_referenced() || dirty)
+    }
+
+    /// Pages under watch that were touched without a fault of ours, as cleaning tells: how many, and how
+    /// many of them were the VM's own.
+    pub(crate) fn touched_unseen(&self) -> (usize, usize) {
+        self.watched()
+            .pages()
+            .filter(|&(index, _)| self.clean(index) == Some(true))
+            .fold((0, 0), |(all, owned), (_, own)| {
+                (all + 1, owned + usize::from(own))
+            })
     }
 
     /// Whether the page holds data that are the VM's alone, wherever they are.

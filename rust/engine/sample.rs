@@ -22,7 +22,7 @@ use crate::{
         sample::{samples_in, Outcome},
         state::HostState,
     },
-    sys::{clock, hash, slots::SLOTS, task},
+    sys::{clock, hash, slots::SLOTS, task, watching},
 };
 use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::sync::Arc;
@@ -281,6 +281,9 @@ impl Sampler {
         }
         self.began_us = now_us;
         self.spares = !short;
+        if watching::by_cleaning() {
+            count_unseen(host);
+        }
         for vm in vms {
             vm.sample.end(vm.standing(), over);
             vm.sampled_anew();
@@ -331,5 +334,16 @@ impl Sampler {
         self.random ^= self.random >> 27;
         let drawn = self.random.wrapping_mul(0x2545_f491_4f6c_dd1d);
         (drawn >> 32) as usize % SLOTS
+    }
+}
+
+/// Counts the pages under watch that were touched without a fault of ours.
+fn count_unseen(host: &Host) {
+    for id in 0..host.registry().end() {
+        if let Some(region) = host.registry().get(id) {
+            let (touched, own) = region.lock().touched_unseen();
+            region.vm().sample.count_touched(touched, own);
+        }
+        task::cond_resched();
     }
 }

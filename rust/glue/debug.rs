@@ -108,31 +108,35 @@ fn force(forced: &ForcedState, reader: &mut kernel::uaccess::UserSliceReader) ->
 mod switches {
     use crate::sys::{
         inject::{self, Countdown},
-        protect,
+        protect, watching,
     };
-    use core::sync::atomic::Ordering;
+    use core::sync::atomic::{AtomicBool, Ordering};
     use kernel::{
         debugfs::{Dir, File},
         fmt,
         prelude::*,
     };
 
-    struct Switch(protect::Protection);
+    /// `1` is on.
+    struct Switch(&'static AtomicBool);
 
-    /// One file for each protection, `1` takes it out; and one for each kind of failure, and
-    /// `fail_allocation` for all kinds: a number N lets the Nth from then on fail, `N-` all after it
-    /// as well, and reads as how many it still is to that one.
+    /// One file for each protection, `1` takes it out; one for the means of sampling; and one for each
+    /// kind of failure, and `fail_allocation` for all kinds: a number N lets the Nth from then on fail,
+    /// `N-` all after it as well, and reads as how many it still is to that one.
     pub(super) struct Switches {
-        _protections: KVec<Pin<KBox<File<Switch>>>>,
+        _switches: KVec<Pin<KBox<File<Switch>>>>,
         _countdowns: KVec<Pin<KBox<File<Countdown>>>>,
     }
 
     impl Switches {
         pub(super) fn new(dir: &Dir) -> Result<Switches> {
-            let mut files = KVec::with_capacity(protect::ALL.len(), GFP_KERNEL)?;
-            for (protection, name) in protect::ALL {
+            let mut files = KVec::with_capacity(protect::ALL.len() + 1, GFP_KERNEL)?;
+            let protections =
+                protect::ALL.map(|(protection, name)| (protect::switch(protection), name));
+            let means = [(watching::switch(), watching::NAME)];
+            for (switch, name) in Iterator::chain(protections.into_iter(), means) {
                 let file = KBox::pin_init(
-                    dir.read_write_callback_file(name, Switch(protection), &show, &store),
+                    dir.read_write_callback_file(name, Switch(switch), &show, &store),
                     GFP_KERNEL,
                 )?;
                 files.push(file, GFP_KERNEL)?;
@@ -150,24 +154,24 @@ mod switches {
                 countdowns.push(KBox::pin_init(file, GFP_KERNEL)?, GFP_KERNEL)?;
             }
             Ok(Switches {
-                _protections: files,
+                _switches: files,
                 _countdowns: countdowns,
             })
         }
     }
 
     fn show(switch: &Switch, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}", u8::from(!protect::armed(switch.0)))
+        writeln!(f, "{}", u8::from(switch.0.load(Ordering::Relaxed)))
     }
 
     fn store(switch: &Switch, reader: &mut kernel::uaccess::UserSliceReader) -> Result {
         let first: u8 = reader.read()?;
-        let out = match first {
+        let on = match first {
             b'0' => false,
             b'1' => true,
             _ => return Err(EINVAL),
         };
-        protect::switch(switch.0).store(out, Ordering::Relaxed);
+        switch.0.store(on, Ordering::Relaxed);
         Ok(())
     }
 

@@ -95,7 +95,27 @@ impl Mapping {
         }
     }
 
-    /// The same for the mappings, of either size, of a folio of 512 pages from `pfn` on.
+    /// Takes a small page out of KVM's page tables alone and makes its entries in all others clean. True
+    /// if any was dirty. The page's region must not be a folio: a writable entry of 2 MiB is a warning.
+    pub(crate) fn clean(&self, page: u64) -> bool {
+        let page = page as usize;
+        let (mut start, mut end, mut dirty) = (1, 0, 0usize);
+        // SAFETY: By the type's invariant; the bitmap has a bit for the one page that is asked for.
+        let cleaned = unsafe {
+            bindings::clean_record_shared_mapping_range(
+                self.0.as_ptr(),
+                page,
+                1,
+                page,
+                &mut dirty,
+                &mut start,
+                &mut end,
+            )
+        };
+        cleaned > 0
+    }
+
+    /// [`Mapping::write_protect`] for the mappings, of either size, of a folio of 512 pages from `pfn` on.
     pub(crate) fn write_protect_folio(&self, first: u64, pfn: u64) {
         if !protect::armed(protect::Protection::WriteProtect) {
             return;

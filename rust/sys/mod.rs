@@ -23,4 +23,5 @@ pub(crate) mod slots;
 pub(crate) mod swapio;
 pub(crate) mod table;
 pub(crate) mod task;
+pub(crate) mod watching;
 pub(crate) mod zs;

@@ -353,6 +353,14 @@ impl<'a> PageRef<'a> {
         unsafe { bindings::thinram_page_mapcount(self.0.as_ptr()) != 0 }
     }
 
+    /// Takes back the kernel's note that somebody looked the page up by its mapping, as KVM does for each
+    /// fault of a guest. True if there was one.
+    pub(crate) fn take_referenced(self) -> bool {
+        // SAFETY: The page is alive; an atomic bit of its flags that nobody else looks at, for the page is
+        // on no list of the kernel's.
+        unsafe { bindings::thinram_page_take_referenced(self.0.as_ptr()) }
+    }
+
     /// The label of a shared frame; meaningless for any other.
     pub(crate) fn label(self) -> Label {
         // SAFETY: The page is alive.

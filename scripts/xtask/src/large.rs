@@ -242,7 +242,7 @@ fn reason(code: u64) -> String {
 }
 
 /// One of KVM's own statistics, over all guests.
-fn kvm(name: &str) -> Result<u64> {
+pub fn kvm(name: &str) -> Result<u64> {
     let path = Path::new(KVM).join(name);
     read(&path)?
         .parse()
@@ -316,7 +316,7 @@ fn guest(on: On, mount: &Mount, sizes: Sizes) -> Result<GuestFigures> {
 }
 
 /// Mounts debugfs where it is not.
-fn debugfs() {
+pub fn debugfs() {
     if !Path::new(KVM).exists() {
         let _ = std::process::Command::new("mount")
             .args(["-t", "debugfs", "none", "/sys/kernel/debug"])
@@ -572,13 +572,14 @@ fn guest_table(figures: &[GuestFigures]) -> String {
 }
 
 /// A shared mapping of a file; unmapped when dropped.
-struct Mapped {
+pub struct Mapped {
     at: *mut c_void,
     bytes: usize,
 }
 
 impl Mapped {
-    fn new(file: &OwnedFd, bytes: usize) -> Result<Self> {
+    /// Of the first `bytes` of a file that nobody truncates.
+    pub fn new(file: &OwnedFd, bytes: usize) -> Result<Self> {
         let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
         // SAFETY: A new mapping at an address of the kernel's choice; nobody truncates the file.
         let at = unsafe { mmap(std::ptr::null_mut(), bytes, prot, flags, file, 0)? };
@@ -586,7 +587,7 @@ impl Mapped {
     }
 
     /// Writes a word of page `page`.
-    fn set(&self, page: usize, value: u64) {
+    pub fn set(&self, page: usize, value: u64) {
         assert!((page + 1) * PAGE <= self.bytes);
         // SAFETY: The page lies in the mapping, which only this process uses.
         unsafe {
@@ -598,7 +599,21 @@ impl Mapped {
         };
     }
 
-    fn pages(&self) -> usize {
+    /// Reads a word of page `page`.
+    pub fn get(&self, page: usize) -> u64 {
+        assert!((page + 1) * PAGE <= self.bytes);
+        // SAFETY: As for `set`.
+        unsafe {
+            self.at
+                .cast::<u8>()
+                .add(page * PAGE)
+                .cast::<u64>()
+                .read_volatile()
+        }
+    }
+
+    /// Its pages of 4 KiB.
+    pub fn pages(&self) -> usize {
         self.bytes / PAGE
     }
 }

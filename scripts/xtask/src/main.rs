@@ -6,6 +6,7 @@ mod abi;
 mod balloons;
 mod bench;
 mod bench_cache;
+mod bench_sampling;
 mod bench_swap;
 mod check;
 mod contention;
@@ -112,6 +113,8 @@ enum Inside {
         #[arg(long, value_enum)]
         on: Vec<contention::On>,
     },
+    /// Two means of sampling a working set against each other, with a module of a debug build
+    BenchSampling,
     /// The demo
     Demo,
     /// Tests with real guests, in KTAP
@@ -147,6 +150,7 @@ fn work(task: Task) -> Result<ExitCode> {
             Inside::BenchLarge => large::run()?,
             Inside::BenchCache => bench_cache::run()?,
             Inside::BenchContention { on } => contention::run(&on)?,
+            Inside::BenchSampling => bench_sampling::run()?,
             Inside::Demo => demo::run()?,
             Inside::Guests { fs, filter, rounds } => inside::guests(fs, &filter, rounds)?,
         };
