@@ -106,9 +106,13 @@ fn force(forced: &ForcedState, reader: &mut kernel::uaccess::UserSliceReader) ->
 
 #[cfg(thinram_debug)]
 mod switches {
-    use crate::sys::{
-        inject::{self, Countdown},
-        protect, watching,
+    use crate::{
+        logic::tunables,
+        sys::{
+            inject::{self, Countdown},
+            protect, watching,
+            wrong::{Mistake, MISTAKES},
+        },
     };
     use core::sync::atomic::{AtomicBool, Ordering};
     use kernel::{
@@ -120,12 +124,16 @@ mod switches {
     /// `1` is on.
     struct Switch(&'static AtomicBool);
 
+    struct Wrong(&'static [Mistake]);
+
     /// One file for each protection, `1` takes it out; one for the means of sampling; and one for each
     /// kind of failure, and `fail_allocation` for all kinds: a number N lets the Nth from then on fail,
-    /// `N-` all after it as well, and reads as how many it still is to that one.
+    /// `N-` all after it as well, and reads as how many it still is to that one. A word written to `do_wrong` makes
+    /// that mistake; it reads as all words.
     pub(super) struct Switches {
         _switches: KVec<Pin<KBox<File<Switch>>>>,
         _countdowns: KVec<Pin<KBox<File<Countdown>>>>,
+        _wrong: Pin<KBox<File<Wrong>>>,
     }
 
     impl Switches {
@@ -156,6 +164,15 @@ mod switches {
             Ok(Switches {
                 _switches: files,
                 _countdowns: countdowns,
+                _wrong: KBox::pin_init(
+                    dir.read_write_callback_file(
+                        c"do_wrong",
+                        Wrong(&MISTAKES),
+                        &show_wrong,
+                        &do_wrong,
+                    ),
+                    GFP_KERNEL,
+                )?,
             })
         }
     }
@@ -173,6 +190,24 @@ mod switches {
         };
         switch.0.store(on, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn show_wrong(wrong: &Wrong, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (word, _) in wrong.0 {
+            writeln!(f, "{word}")?;
+        }
+        Ok(())
+    }
+
+    fn do_wrong(wrong: &Wrong, reader: &mut kernel::uaccess::UserSliceReader) -> Result {
+        let mut bytes = [0u8; 20];
+        let len = reader.len();
+        let text = bytes.get_mut(..len).ok_or(EINVAL)?;
+        reader.read_slice(text)?;
+        let text = tunables::without_newline(text);
+        let named = wrong.0.iter().find(|(word, _)| word.as_bytes() == text);
+        let (_, mistake) = named.ok_or(EINVAL)?;
+        mistake()
     }
 
     fn show_countdown(countdown: &Countdown, f: &mut fmt::Formatter<'_>) -> fmt::Result {

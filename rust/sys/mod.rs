@@ -24,4 +24,6 @@ pub(crate) mod swapio;
 pub(crate) mod table;
 pub(crate) mod task;
 pub(crate) mod watching;
+#[cfg(thinram_debug)]
+pub(crate) mod wrong;
 pub(crate) mod zs;

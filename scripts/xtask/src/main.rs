@@ -173,7 +173,9 @@ fn work(task: Task) -> Result<ExitCode> {
             vm::host_initramfs(&kernel)?;
             step::say(format!("{:?}", vm::hardware(&kernel)?));
             vm::guests(&kernel)?;
-            setup::uml(&kernel, setup::Uml::Plain)?;
+            for kind in [setup::Uml::Plain, setup::Uml::Kasan] {
+                setup::uml(&kernel, kind)?;
+            }
         }
         Task::Kdir => {
             let dir = setup::kdir(&kernel)?;

@@ -365,6 +365,20 @@ const UML_CLOCK: &str = "\nunsigned long long sched_clock(void)\n{\n\treturn os_
 /// behind the end of the kernel, and neither lockdep nor kmemleak would take it for data.
 const UML_BSS: [&str; 2] = ["*(.bss .bss.* .gnu", "*(.bss .bss.* .lbss .lbss.* .gnu"];
 
+/// Its flush walks the mappings of processes under a lock of page tables alone, of which PROVE_LOCKING
+/// warns: mappings may come and go. They are freed by RCU.
+const UML_FLUSH: [&str; 2] = [
+    "\tfor_each_vma(vmi, vma)\n\t\tum_tlb_mark",
+    "\tguard(rcu)();\n\tfor_each_vma(vmi, vma)\n\t\tum_tlb_mark",
+];
+
+/// By how much DEBUG_KOBJECT_RELEASE defers an end: up to a fifth of a second, not one second to four,
+/// as each case ends mounts and VMs.
+const KOBJECT_DELAY: [&str; 2] = [
+    "HZ + HZ * get_random_u32_below(4)",
+    "1 + get_random_u32_below(HZ / 5)",
+];
+
 /// A User-Mode Linux with the module built in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Uml {
@@ -412,7 +426,10 @@ pub fn uml(k: &Kernel, kind: Uml) -> Result<PathBuf> {
     let dest = cache(format!("{name}-{}", k.slug()));
     let log = cache(format!("logs/{name}.log"));
     let fragment = kind.fragment()?;
-    let inputs = format!("{}\n{fragment}\n{UML_KCONFIG}{UML_CLOCK}", k.version);
+    let mut inputs = format!("{}\n{fragment}\n{UML_KCONFIG}{UML_CLOCK}", k.version);
+    if kind == Uml::Kasan {
+        inputs += &[UML_BSS, UML_FLUSH, KOBJECT_DELAY].concat().join("\n");
+    }
     let make = || {
         let mut c = tied("nice");
         c.args(["make", "-C"])
@@ -442,6 +459,10 @@ pub fn uml(k: &Kernel, kind: Uml) -> Result<PathBuf> {
             if kind == Uml::Kasan {
                 let [from, to] = UML_BSS;
                 replace(&dest.join("arch/um/kernel/dyn.lds.S"), from, to)?;
+                let [from, to] = UML_FLUSH;
+                replace(&dest.join("arch/um/kernel/tlb.c"), from, to)?;
+                let [from, to] = KOBJECT_DELAY;
+                replace(&dest.join("lib/kobject.c"), from, to)?;
             }
             configure(&log, &make, &dest, "defconfig", &fragment)
         },

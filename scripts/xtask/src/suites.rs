@@ -44,31 +44,41 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
     if !built {
         return suites;
     }
-    // Two machines fit on two cores: the one with guests has a single CPU.
-    let (smp, kvm) = std::thread::scope(|s| {
-        let smp = s.spawn(|| {
-            let name = "stock kernel, 2 CPUs: scenarios";
-            let scenarios = Suite::run(Kind::Scenario, name, || smp(k));
-            let large = "stock kernel: each protection is missed";
-            vec![
-                scenarios,
-                Suite::run(Kind::Scenario, large, || large_proofs(k)),
-                killed_by_a_panic(k),
-            ]
-        });
-        let kvm = Suite::run(Kind::Kvm, "stock kernel: KVM guests", || guests(k));
-        (smp.join(), kvm)
+    let name = "stock kernel, 2 CPUs: scenarios";
+    let smp = || {
+        let scenarios = Suite::run(Kind::Scenario, name, || smp(k));
+        let large = "stock kernel: each protection is missed";
+        vec![
+            scenarios,
+            Suite::run(Kind::Scenario, large, || large_proofs(k)),
+            killed_by_a_panic(k),
+        ]
+    };
+    // The one with guests has a single CPU.
+    let (kvm, smp) = beside(name, smp, || {
+        Suite::run(Kind::Kvm, "stock kernel: KVM guests", || guests(k))
     });
-    suites.extend(smp.unwrap_or_else(|_| {
-        let name = "stock kernel, 2 CPUs: scenarios";
-        vec![Suite::new(
-            Kind::Scenario,
-            name,
-            vec![Test::fail("suite", "the runner itself panicked")],
-        )]
-    }));
+    suites.extend(smp);
     suites.push(kvm);
     suites
+}
+
+/// Two machines fit on two cores: `other` works in a thread beside `one`, and is a failed suite of that
+/// name if it panics.
+fn beside<T>(
+    name: &str,
+    other: impl FnOnce() -> Vec<Suite> + Send,
+    one: impl FnOnce() -> T,
+) -> (T, Vec<Suite>) {
+    std::thread::scope(|s| {
+        let other = s.spawn(other);
+        let one = one();
+        let other = other.join().unwrap_or_else(|_| {
+            let test = Test::fail("suite", "the runner itself panicked");
+            vec![Suite::new(Kind::Scenario, name, vec![test])]
+        });
+        (one, other)
+    })
 }
 
 /// What runs inside the machines.
@@ -148,6 +158,13 @@ fn uml(k: &Kernel) -> Vec<Suite> {
             return vec![Suite::new(Kind::Scenario, "UML", vec![test])];
         }
     };
+    let (mut suites, sanitized) = beside("UML, sanitizers", || sanitized(k), || plain(k, built));
+    suites.extend(sanitized);
+    suites
+}
+
+/// The suites of the kernel as a distribution would build it, which `built` says was.
+fn plain(k: &Kernel, built: Test) -> Vec<Suite> {
     let kunit = Suite::run(Kind::KUnit, "UML: KUnit", || {
         let run = vm::execute(
             k,
@@ -173,7 +190,98 @@ fn uml(k: &Kernel) -> Vec<Suite> {
     let proofs = Suite::run(Kind::Scenario, "UML: each protection is missed", || {
         proofs(k)
     });
-    vec![kunit, harness, scenarios, proofs, lock_order(k)]
+    vec![kunit, harness, scenarios, proofs]
+}
+
+/// What runs of the scenarios on the kernel with sanitizers: a case takes ten times as long there, so
+/// those that reach most of the code.
+const SANITIZED: [&str; 19] = [
+    "fs/create",
+    "fs/rename-dir",
+    "fs/punch-mapped",
+    "fs/truncate-mapped",
+    "mmap/coherent",
+    "mmap/fork",
+    "mmap/o-direct",
+    "mmap/move",
+    "share/across-vms",
+    "share/scope",
+    "share/run-unshare",
+    "share/max-sharers",
+    "cold/three-sharers",
+    "fail/swap-writes",
+    "fail/swap-reads",
+    "fuzz/fsx",
+    "torture/churn",
+];
+
+/// KUnit and a part of the scenarios on User-Mode Linux with KASAN, lockdep and others.
+fn sanitized(k: &Kernel) -> Vec<Suite> {
+    let names = ["UML, sanitizers: KUnit", "UML, sanitizers: scenarios"];
+    if let Err(e) = setup::uml(k, setup::Uml::Kasan) {
+        let test = Test::fail("User-Mode Linux builds", format!("{e:#}"));
+        return vec![Suite::new(Kind::Scenario, names[1], vec![test])];
+    }
+    // Both in one boot, which takes a minute there.
+    let mut units = Vec::new();
+    let scenarios = Suite::run(Kind::Scenario, names[1], || {
+        let mut script = "/src/scripts/vm/process --scale 0.1 --patience 10".to_string();
+        script.extend(SANITIZED.map(|name| format!(" --filter {name}")));
+        let run = vm::execute(
+            k,
+            &Job {
+                append: KUNIT.into(),
+                timeout: 20 * MINUTE,
+                ..job("kasan-scenarios", Place::UmlKasan, &script)
+            },
+        )?;
+        units = ktap::parse(&run.kernel_log);
+        Ok(run.tests())
+    });
+    let noticed = Suite::run(
+        Kind::Scenario,
+        "UML, sanitizers: the harness notices",
+        || noticed(k),
+    );
+    vec![
+        Suite::new(Kind::KUnit, names[0], units),
+        scenarios,
+        noticed,
+        lock_order(k),
+    ]
+}
+
+/// Mistakes that a debug build makes when it is told so, and what a run is told of each.
+const MISTAKES: [(&str, &str); 2] = [
+    ("use_after_free", "KASAN: slab-use-after-free"),
+    ("sleep", "sleeping function called from invalid context"),
+];
+
+/// Whether each mistake makes a run on that kernel fail, and says which it was.
+fn noticed(k: &Kernel) -> Result<Vec<Test>> {
+    let words = MISTAKES.map(|(word, _)| word).join(" ");
+    let script = format!(
+        "sh -c 'for word in {words}; do echo $word >/sys/kernel/debug/thinram/do_wrong; done; \
+         exec /src/scripts/vm/process --filter fs/create'"
+    );
+    let mut job = job("kasan-noticed", Place::UmlKasan, &script);
+    job.append += " panic_on_warn=0";
+    let told: Vec<String> = vm::execute(k, &job)?
+        .tests()
+        .into_iter()
+        .filter_map(|test| match test.outcome {
+            Outcome::Fail(why) => Some(why),
+            _ => None,
+        })
+        .collect();
+    let test = |(word, sign): (&str, &str)| {
+        if told.iter().any(|why| why.contains(sign)) {
+            Test::pass(word)
+        } else {
+            Test::fail(word, format!("no failure says {sign:?}: {told:?}"))
+        }
+    };
+    Ok(MISTAKES.map(test).into())
 }
 
 /// Takes one protection out at a time; the torture has to see corrupt data each time. What the

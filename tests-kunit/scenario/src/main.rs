@@ -30,6 +30,7 @@ mod operations;
 mod peers;
 mod pins;
 mod prove;
+mod refused;
 mod selftest;
 mod sharing;
 mod swap;
@@ -208,6 +209,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         zswap::CASES,
         active::CASES,
         inject::CASES,
+        refused::CASES,
         fuzz::CASES,
         torture::CASES,
     ]
@@ -252,6 +254,10 @@ impl Command {
                 dry_run,
             } => {
                 let setup = options.setup()?;
+                let fits_none = |f: &&String| !cases().any(|case| case.name.contains(&***f));
+                if let Some(none) = filter.iter().find(fits_none) {
+                    bail!("no case has {none:?} in its name; `list` prints the names");
+                }
                 let wanted = |case: &&Case| {
                     case.fits(setup.fs)
                         && (filter.is_empty() || filter.iter().any(|f| case.name.contains(&**f)))

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Debug builds only: what a module must never do, done when a test says so, to see that whatever
+//! watches the kernel notices. Locks: those of [`sleep`] are its own.
+
+use kernel::{
+    alloc::KBox,
+    new_mutex, new_spinlock,
+    prelude::*,
+    sync::{Mutex, SpinLock},
+};
+
+/// A mistake: its word, and what makes it.
+pub(crate) type Mistake = (&'static str, fn() -> Result);
+
+/// All of them.
+pub(crate) const MISTAKES: [Mistake; 2] = [("use_after_free", use_after_free), ("sleep", sleep)];
+
+/// Bytes of an object that is freed too early.
+const SIZE: usize = 192;
+
+/// Reads what was freed.
+fn use_after_free() -> Result {
+    let freed = KBox::new([0u8; SIZE], GFP_KERNEL)?;
+    let bytes: *const u8 = freed.as_ptr();
+    drop(freed);
+    // SAFETY: it is not safe, which KASAN must say; the byte lies in the direct map whoever owns it now,
+    // and nothing depends on what it holds.
+    unsafe { bytes.read_volatile() };
+    Ok(())
+}
+
+/// Takes a lock that may sleep under one under which nobody may.
+fn sleep() -> Result {
+    let spinning: Pin<KBox<SpinLock<()>>> = KBox::pin_init(new_spinlock!(()), GFP_KERNEL)?;
+    let sleeping: Pin<KBox<Mutex<()>>> = KBox::pin_init(new_mutex!(()), GFP_KERNEL)?;
+    let _outer = spinning.lock();
+    let _inner = sleeping.lock();
+    Ok(())
+}
