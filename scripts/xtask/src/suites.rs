@@ -195,7 +195,7 @@ fn plain(k: &Kernel, built: Test) -> Vec<Suite> {
 
 /// What runs of the scenarios on the kernel with sanitizers: a case takes ten times as long there, so
 /// those that reach most of the code.
-const SANITIZED: [&str; 19] = [
+const SANITIZED: [&str; 18] = [
     "fs/create",
     "fs/rename-dir",
     "fs/punch-mapped",
@@ -209,6 +209,7 @@ const SANITIZED: [&str; 19] = [
     "share/run-unshare",
     "share/max-sharers",
     "cold/three-sharers",
+    "fail/allocations",
     "fail/swap-writes",
     "fail/swap-reads",
     "fuzz/fsx",

@@ -48,7 +48,11 @@ const STATES: [&str; 5] = ["high", "clear", "soft", "hard", "low"];
 /// The file that holds a state.
 fn hook(ctx: &Ctx) -> Result<PathBuf> {
     let path = ctx.setup.debug.join("force_state");
-    ensure!(path.exists(), "{} is missing: no debugfs?", path.display());
+    // A look may fail where allocations do.
+    let there = path
+        .try_exists()
+        .with_context(|| format!("{}", path.display()))?;
+    ensure!(there, "{} is missing: no debugfs?", path.display());
     Ok(path)
 }
 

@@ -284,51 +284,99 @@ fn region_numbers(ctx: &Ctx) -> Result<()> {
 }
 
 /// More failures than any of the operations comes to.
-const MOST: u64 = 2000;
+const MOST: u64 = 20_000;
+
+/// What lets requests fail, one at a time.
+pub trait Failing {
+    /// Lets the `nth` from now on fail.
+    fn arm(&self, nth: u64) -> Result<()>;
+    /// Lets all succeed again; whether one failed.
+    fn disarm(&self) -> Result<bool>;
+    /// Which errors may come of it.
+    fn errors(&self) -> &'static [Errno];
+}
+
+impl Failing for Switch {
+    fn arm(&self, nth: u64) -> Result<()> {
+        self.set(nth)
+    }
+
+    fn disarm(&self) -> Result<bool> {
+        let failed = self.get()? == 0;
+        self.set(0)?;
+        Ok(failed)
+    }
+
+    fn errors(&self) -> &'static [Errno] {
+        &[Errno::ENOMEM, Errno::ENOSPC]
+    }
+}
+
+/// The error of a system call that `e` is about.
+pub fn errno_of(e: &anyhow::Error) -> Option<Errno> {
+    e.chain().find_map(|cause| {
+        let io = cause.downcast_ref::<io::Error>().map(Code::code);
+        io.or(cause.downcast_ref::<Errno>().copied())
+    })
+}
 
 fn fail_allocation(ctx: &Ctx) -> Result<()> {
     let countdown = Switch::new(ctx, "fail_allocation")?;
     for operation in OPERATIONS {
-        let mut refused = 0;
-        let mut nth = 1;
-        // Until it is over before the one that would fail.
-        while try_once(ctx, operation, &countdown, nth, &mut refused)
-            .with_context(|| format!("{}, failure {nth}", operation.name))?
-        {
-            nth += 1;
-            ensure!(nth < MOST, "{}: no end of failures", operation.name);
-        }
-        println!(
-            "{}: {} failures, {refused} refusals",
-            operation.name,
-            nth - 1
-        );
+        let failures = fail_each(ctx, operation, &countdown, &|nth| nth + 1)?;
         that(
             format!("{} allocates something", operation.name),
-            nth > 1 || operation.name == "read(2)",
+            failures > 0 || operation.name == "read(2)",
         )?;
     }
     Ok(())
+}
+
+/// Carries the operation out while its first request fails, then while a later one does, as `next` says,
+/// and so on until all its requests are over before the one that would fail. How often one did.
+pub fn fail_each(
+    ctx: &Ctx,
+    operation: &Operation,
+    failing: &dyn Failing,
+    next: &dyn Fn(u64) -> u64,
+) -> Result<u64> {
+    let (mut refused, mut failures, mut nth) = (0, 0, 1);
+    while try_once(ctx, operation, failing, nth, &mut refused)
+        .with_context(|| format!("{}, failure {nth}", operation.name))?
+    {
+        failures += 1;
+        nth = next(nth);
+        ensure!(nth < MOST, "{}: no end of failures", operation.name);
+    }
+    println!(
+        "{}: {failures} failures among {nth}, {refused} refusals",
+        operation.name
+    );
+    Ok(failures)
 }
 
 /// Lets the `nth` request of the operation fail; false if it made fewer.
 fn try_once(
     ctx: &Ctx,
     operation: &Operation,
-    countdown: &Switch,
+    failing: &dyn Failing,
     nth: u64,
     refused: &mut u64,
 ) -> Result<bool> {
     let pair = Pair::new(ctx, operation.before)?;
     let sys = ctx.sys();
     let sharing = sys.get("pages_sharing")?;
-    countdown.set(nth)?;
+    failing.arm(nth)?;
     let done = (operation.run)(&pair);
-    let failed = countdown.get()? == 0;
-    countdown.set(0)?;
-    match done? {
+    let failed = failing.disarm()?;
+    let done = match done {
+        // The way there is refused as well as what it leads to.
+        Err(e) if failed => Err(errno_of(&e).ok_or(e)?.into()),
+        done => done?,
+    };
+    match done {
         Ok(()) => {}
-        Err(e) if failed && [Errno::ENOMEM, Errno::ENOSPC].contains(&e.code()) => {
+        Err(e) if failed && failing.errors().contains(&e.code()) => {
             *refused += 1;
             // A knob that is refused has changed nothing.
             if operation.before == Before::Merged && (operation.done)() == merged() {
@@ -349,30 +397,17 @@ fn try_once(
     let Pair { mount, a, b, .. } = pair;
     drop((a, b));
     drop(mount);
-    ctx.until("no VM", 5.0, || {
-        let left = sys.vms()?;
-        Ok((left.is_empty(), format!("{left:?}")))
-    })?;
+    ctx.until_no_vm()?;
     Ok(failed)
 }
 
-/// The error of a system call that `e` is about.
-fn errno_of(e: &anyhow::Error) -> Option<Errno> {
-    e.chain().find_map(|cause| {
-        let io = cause.downcast_ref::<io::Error>().map(Code::code);
-        io.or(cause.downcast_ref::<Errno>().copied())
-    })
-}
-
 /// A VM's pages go to swap and come back, again and again, until each request on the way has failed.
-fn fail_swap(ctx: &Ctx) -> Result<()> {
+pub fn fail_swapping(ctx: &Ctx, failing: &dyn Failing, next: &dyn Fn(u64) -> u64) -> Result<()> {
     // Several clusters of the swap file.
     const PAGES: usize = 48;
-    let countdown = Switch::new(ctx, "fail_allocation")?;
     let disk = Disk::new(ctx)?;
-    let (mut failures, mut refused) = (0, 0);
-    for nth in 1.. {
-        ensure!(nth < MOST, "no end of failures");
+    let (mut failures, mut refused, mut nth) = (0, 0, 1);
+    loop {
         let mount = ctx.mount("m", "size=16M,domain=lab")?;
         let guest = mount.guest("web", PAGES)?;
         guest.fill_noise(0, PAGES);
@@ -387,14 +422,15 @@ fn fail_swap(ctx: &Ctx) -> Result<()> {
             )?;
             guest.holds_noise(0, PAGES)
         };
-        countdown.set(nth)?;
+        failing.arm(nth)?;
         let done = there_and_back();
-        let failed = countdown.get()? == 0;
-        countdown.set(0)?;
-        match done {
-            Ok(()) => {}
-            Err(e) if failed && errno_of(&e) == Some(Errno::ENOMEM) => refused += 1,
-            Err(e) => return Err(e.context(format!("failure {nth}"))),
+        let failed = failing.disarm()?;
+        if let Err(e) = done {
+            let expected = errno_of(&e).is_some_and(|errno| failing.errors().contains(&errno));
+            if !(failed && expected) {
+                return Err(e.context(format!("failure {nth}")));
+            }
+            refused += 1;
         }
         there_and_back().with_context(|| format!("the second time, after failure {nth}"))?;
         guest.sysfs(ctx).stat()?.check_sum()?;
@@ -405,39 +441,52 @@ fn fail_swap(ctx: &Ctx) -> Result<()> {
             break;
         }
         failures += 1;
+        nth = next(nth);
+        ensure!(nth < MOST, "no end of failures");
     }
-    println!("{failures} failures, {refused} refusals");
+    println!("{failures} failures among {nth}, {refused} refusals");
     that("swapping allocates something", failures > 0)?;
     disk.unmount()
 }
 
-fn fail_load(ctx: &Ctx) -> Result<()> {
-    // Before it is unloaded: whether it has a parameter of that name.
-    drop(Switch::new(ctx, "fail_allocation")?);
+fn fail_swap(ctx: &Ctx) -> Result<()> {
+    let countdown = Switch::new(ctx, "fail_allocation")?;
+    fail_swapping(ctx, &countdown, &|nth| nth + 1)
+}
+
+/// Unloads the module, and loads it while its first request fails, then its second, until it loads
+/// without. `attempt` loads it while the `nth` fails, and says whether one did.
+pub fn fail_loading(
+    ctx: &Ctx,
+    next: &dyn Fn(u64) -> u64,
+    attempt: impl Fn(&File, u64) -> Result<(nix::Result<()>, bool)>,
+) -> Result<()> {
     let Some(ko) = &ctx.setup.ko else {
         return Err(skip("no --ko, or the module is built in"));
     };
     let file = File::open(ko).with_context(|| format!("open {}", ko.display()))?;
     let sys = ctx.sys();
-    let mut refused = 0;
-    for nth in 1.. {
-        ensure!(nth < MOST, "no end of failures");
-        // A mount that just ended may still be on its way out.
+    // A mount that just ended may still be on its way out.
+    let unload = || {
         ctx.until("the module to go", 20.0, || {
             let gone = sys::remove_module("thinram");
             Ok((gone.is_ok(), format!("{gone:?}")))
-        })?;
-        that("rmmod leaves no sysfs", !sys.exists())?;
-        let loaded = sys::insert_module(&file, &format!("fail_allocation={nth}"));
-        if let Err(e) = loaded {
-            eq(format!("errno of failure {nth}"), e, Errno::ENOMEM)?;
-            that("what was refused leaves no sysfs", !sys.exists())?;
-            sys::insert_module(&file, "").context("insmod, with memory")?;
-            refused += 1;
+        })
+    };
+    let (mut failures, mut refused, mut nth) = (0, 0, 1);
+    loop {
+        unload()?;
+        eq("sysfs after rmmod", sys.exists(), false)?;
+        let (loaded, failed) = attempt(&file, nth)?;
+        match loaded {
+            Ok(()) => {}
+            Err(Errno::ENOMEM) if failed => {
+                refused += 1;
+                eq(format!("sysfs after failure {nth}"), sys.exists(), false)?;
+                sys::insert_module(&file, "").context("insmod, with memory")?;
+            }
+            Err(e) => bail!("failure {nth}: insmod ends with {e}"),
         }
-        let countdown = Switch::new(ctx, "fail_allocation")?;
-        let over = loaded.is_ok() && countdown.get()? > 0;
-        countdown.set(0)?;
         let mount = ctx.mount("m", "size=16M,domain=lab")?;
         let guest = mount.guest("web", 4)?;
         guest.fill(0, 4, 1);
@@ -445,10 +494,27 @@ fn fail_load(ctx: &Ctx) -> Result<()> {
         drop(guest);
         drop(mount);
         ctx.until_no_vm()?;
-        if over {
+        if !failed {
             break;
         }
+        failures += 1;
+        nth = next(nth);
+        ensure!(nth < MOST, "no end of failures");
     }
-    println!("{refused} refusals");
+    println!("{failures} failures among {nth}, {refused} refusals");
     that("loading allocates something", refused > 0)
+}
+
+fn fail_load(ctx: &Ctx) -> Result<()> {
+    // Before it is unloaded: whether it has a parameter of that name.
+    drop(Switch::new(ctx, "fail_allocation")?);
+    let attempt = |file: &File, nth: u64| {
+        let loaded = sys::insert_module(file, &format!("fail_allocation={nth}"));
+        let failed = match loaded {
+            Ok(()) => Switch::new(ctx, "fail_allocation")?.disarm()?,
+            Err(_) => true,
+        };
+        Ok((loaded, failed))
+    };
+    fail_loading(ctx, &|nth| nth + 1, attempt)
 }

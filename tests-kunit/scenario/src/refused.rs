@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Requests to a disk that the kernel itself lets fail. Needs one with fault injection
-//! (Documentation/fault-injection), as that with sanitizers is.
+//! What the kernel itself refuses in the midst of an operation: memory, and requests to a disk. Needs a
+//! kernel with fault injection (Documentation/fault-injection), as the debug kernels are.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -15,11 +16,25 @@ use crate::content;
 use crate::contention::force;
 use crate::ctx::Ctx;
 use crate::harness::Case;
+use crate::inject::{self, Failing};
+use crate::operations::OPERATIONS;
 use crate::swap::{push_out, touch_lost, until_vm, Disk};
-use crate::sys::PAGE;
+use crate::sys::{self, PAGE};
 
 /// The table of cases.
 pub const CASES: &[Case] = &[
+    Case::thinram(
+        "fail/allocations",
+        "what the kernel allocates in each operation fails: nothing is lost",
+        allocations,
+    )
+    .span(240.0),
+    Case::thinram(
+        "fail/swap-allocations",
+        "what it allocates, and asks of the disk, on the way to swap and back: nothing is lost",
+        swap_allocations,
+    )
+    .span(120.0),
     Case::thinram(
         "fail/swap-writes",
         "requests to write to a swap file fail: the pages stay, and go later",
@@ -30,6 +45,12 @@ pub const CASES: &[Case] = &[
         "requests to read from it fail: EIO or SIGBUS, until they do not any more",
         swap_reads,
     ),
+    Case::thinram(
+        "fail/load",
+        "what the kernel allocates for insmod fails: it is refused, and works the next time",
+        load,
+    )
+    .span(240.0),
 ];
 
 /// Where the kernel's switches are.
@@ -52,6 +73,85 @@ fn processes(name: &str) -> Result<Vec<PathBuf>> {
         }
     }
     Ok(found)
+}
+
+/// Each of some tasks has one of its allocations fail, or its requests to a disk that may.
+struct Tasks {
+    own: File,
+    others: Vec<File>,
+}
+
+impl Tasks {
+    /// The thread that calls, and the processes whose names begin so.
+    fn new(others: &str) -> Result<Tasks> {
+        let open = |path: &Path| File::options().read(true).write(true).open(path);
+        let Ok(own) = open(Path::new("/proc/thread-self/fail-nth")) else {
+            return Err(skip("a kernel without fault injection"));
+        };
+        // Those count that may wait and those of any size; nothing is written to the log.
+        for (file, value) in [
+            ("failslab/ignore-gfp-wait", "N"),
+            ("failslab/verbose", "0"),
+            ("fail_page_alloc/ignore-gfp-wait", "N"),
+            ("fail_page_alloc/ignore-gfp-highmem", "N"),
+            ("fail_page_alloc/min-order", "0"),
+            ("fail_page_alloc/verbose", "0"),
+            ("fail_make_request/verbose", "0"),
+        ] {
+            tell(Path::new(DEBUGFS).join(file), value)?;
+        }
+        let others = processes(others)?
+            .iter()
+            .map(|path| open(&path.join("fail-nth")))
+            .collect::<std::io::Result<Vec<_>>>()?;
+        that("there are such processes", !others.is_empty())?;
+        Ok(Tasks { own, others })
+    }
+}
+
+impl Failing for Tasks {
+    fn arm(&self, nth: u64) -> Result<()> {
+        let nth = nth.to_string();
+        for mut task in self.others.iter().chain([&self.own]) {
+            task.write_all(nth.as_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn disarm(&self) -> Result<bool> {
+        let mut failed = false;
+        for mut task in [&self.own].into_iter().chain(&self.others) {
+            let mut left = [0; 24];
+            let length = task.read_at(&mut left, 0)?;
+            failed |= left[..length].trim_ascii() == b"0";
+            task.write_all(b"0")?;
+        }
+        Ok(failed)
+    }
+
+    fn errors(&self) -> &'static [Errno] {
+        // The last: a page of the caller's own buffer that could not be had.
+        &[Errno::ENOMEM, Errno::ENOSPC, Errno::EFAULT]
+    }
+}
+
+/// Every failure at first, then one of more and more, insmod makes thousands of requests; the larger the
+/// scale, the more of them.
+fn sparser(ctx: &Ctx) -> impl Fn(u64) -> u64 {
+    let steps = (16.0 * ctx.setup.scale).max(1.0) as u64;
+    move |nth| nth + 1 + nth / steps
+}
+
+fn allocations(ctx: &Ctx) -> Result<()> {
+    let tasks = Tasks::new("thinram_")?;
+    for operation in OPERATIONS {
+        let failures = inject::fail_each(ctx, operation, &tasks, &sparser(ctx))?;
+        that(
+            format!("the kernel allocates something for {}", operation.name),
+            failures > 0 || operation.name == "read(2)",
+        )?;
+    }
+    Ok(())
 }
 
 /// Requests that threads of the module make to the scratch disk may fail.
@@ -109,6 +209,14 @@ impl Drop for Requests {
             eprintln!("{e:#}");
         }
     }
+}
+
+fn swap_allocations(ctx: &Ctx) -> Result<()> {
+    let tasks = Tasks::new("thinram_")?;
+    // Requests of these threads count as well: the disk is one that may fail.
+    let requests = Requests::new(ctx, "thinram_swap")?;
+    tell(&requests.device, "1")?;
+    inject::fail_swapping(ctx, &tasks, &sparser(ctx))
 }
 
 fn swap_writes(ctx: &Ctx) -> Result<()> {
@@ -175,4 +283,14 @@ fn swap_reads(ctx: &Ctx) -> Result<()> {
     drop(guest);
     drop(mount);
     disk.unmount()
+}
+
+fn load(ctx: &Ctx) -> Result<()> {
+    // Threads are made by the kernel's own.
+    let tasks = Tasks::new("kthreadd")?;
+    inject::fail_loading(ctx, &sparser(ctx), |file, nth| {
+        tasks.arm(nth)?;
+        let loaded = sys::insert_module(file, "");
+        Ok((loaded, tasks.disarm()?))
+    })
 }
