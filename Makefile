@@ -21,6 +21,10 @@ preflight:
 kdir module check test coverage demo bench host-shell uml-shell setup:
 	@scripts/bootstrap $@ $(ARGS)
 
+HOURS ?= 1
+soak:
+	@scripts/bootstrap soak --hours $(HOURS)
+
 ctl:
 	@command -v cargo >/dev/null || { echo 'thinram: cargo is missing (Debian: cargo): install it' >&2; exit 1; }
 	cargo build --release --package thinramctl --target-dir target
@@ -53,8 +57,9 @@ help:
 	@echo '  make test       every test;   make check   formatting, lints, layering'
 	@echo '  make coverage   which lines the host'"'"'s tests run'
 	@echo '  make bench      ThinRAM against KSM, zswap and hugetlbfs'
+	@echo '  make soak HOURS=1   guests come and go, and no memory is missing at the end'
 	@echo '  make module     build thinram.ko for the stock Debian kernel'
 	@echo '  make host-shell a shell in the KVM host;  make uml-shell  in UML'
 	@echo '  make clean      remove target/'
 
-.PHONY: all preflight kdir module check test coverage demo bench host-shell uml-shell setup ctl install clean help
+.PHONY: all preflight kdir module check test coverage demo bench soak host-shell uml-shell setup ctl install clean help

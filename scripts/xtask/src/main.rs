@@ -24,6 +24,8 @@ mod promtool;
 mod real;
 mod report;
 mod setup;
+mod soak;
+mod soak_record;
 mod step;
 mod suites;
 mod vhost_user;
@@ -65,6 +67,12 @@ enum Task {
     Bench,
     /// A panic with guests in swap, and what the disk tells after the next boot
     Crash,
+    /// Guests come and go with everything on; target/soak/ has a record, a picture and a verdict
+    Soak {
+        /// For how long; fractions are allowed
+        #[arg(long, default_value_t = 1.0)]
+        hours: f64,
+    },
     /// Run a shell command as root in a kernel of its own and show what it says
     Run {
         /// Which kernel
@@ -117,6 +125,14 @@ enum Inside {
     BenchSampling,
     /// The demo
     Demo,
+    /// A soak
+    Soak {
+        /// What takes the memory
+        #[arg(value_enum)]
+        load: soak::Load,
+        /// For so many seconds
+        seconds: u64,
+    },
     /// Tests with real guests, in KTAP
     Guests {
         /// The file system for their memory
@@ -152,6 +168,7 @@ fn work(task: Task) -> Result<ExitCode> {
             Inside::BenchContention { on } => contention::run(&on)?,
             Inside::BenchSampling => bench_sampling::run()?,
             Inside::Demo => demo::run()?,
+            Inside::Soak { load, seconds } => soak::inside(load, seconds)?,
             Inside::Guests { fs, filter, rounds } => inside::guests(fs, &filter, rounds)?,
         };
         return Ok(if good {
@@ -162,7 +179,9 @@ fn work(task: Task) -> Result<ExitCode> {
     }
     let kernel = setup::packages()?;
     let _lock = match task {
-        Task::Test | Task::Coverage | Task::Demo | Task::Bench => Some(step::lock_checkout()?),
+        Task::Test | Task::Coverage | Task::Demo | Task::Bench | Task::Soak { .. } => {
+            Some(step::lock_checkout()?)
+        }
         _ => None,
     };
     match task {
@@ -207,6 +226,7 @@ fn work(task: Task) -> Result<ExitCode> {
             suites::programs()?;
             return Ok(report::show(&[suites::killed_by_a_panic(&kernel)]));
         }
+        Task::Soak { hours } => return soak::run(&kernel, hours),
         Task::Run {
             place,
             command,

@@ -64,7 +64,7 @@ fn migrate(mut from: Guest, to: &mut Guest) -> Result<()> {
 }
 
 /// Takes the verdict of a guest that did not boot here.
-fn verdict(guest: &mut Guest) -> Result<()> {
+pub fn verdict(guest: &mut Guest) -> Result<()> {
     ensure!(
         guest.finish(SOON)?,
         "{} found its memory corrupt: {:?}",
@@ -74,7 +74,8 @@ fn verdict(guest: &mut Guest) -> Result<()> {
     guest.ended(SOON).map(drop)
 }
 
-fn booted(spec: &Spec) -> Result<Guest> {
+/// A guest that has checked its data once.
+pub fn booted(spec: &Spec) -> Result<Guest> {
     let mut guest = Guest::start(spec)?;
     guest.wait("boot", BOOT, Guest::booted)?;
     guest.wait("pass", SOON, |g| g.passes() >= 1)?;

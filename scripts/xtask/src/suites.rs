@@ -7,7 +7,7 @@ use crate::ktap::{self, Outcome, Test};
 use crate::report::{Kind, Suite};
 use crate::step::{run, say, tied};
 use crate::vm::{self, Job, Place};
-use crate::{check, instrumented, setup};
+use crate::{check, instrumented, setup, soak};
 use anyhow::Result;
 use std::path::Path;
 use std::time::Duration;
@@ -190,7 +190,10 @@ fn plain(k: &Kernel, built: Test) -> Vec<Suite> {
     let proofs = Suite::run(Kind::Scenario, "UML: each protection is missed", || {
         proofs(k)
     });
-    vec![kunit, harness, scenarios, proofs]
+    let soak = Suite::run(Kind::Scenario, "UML: a short soak", || {
+        soak::tests(k, soak::Load::Processes, MINUTE)
+    });
+    vec![kunit, harness, scenarios, proofs, soak]
 }
 
 /// What runs of the scenarios on the kernel with sanitizers: a case takes ten times as long there, so
