@@ -172,6 +172,11 @@ impl Guest {
         self.errors.lock().map(|l| l.join("; ")).unwrap_or_default()
     }
 
+    /// QEMU's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// True once its first process runs.
     pub fn booted(&self) -> bool {
         self.lines().iter().any(|l| l.contains("guest: up "))

@@ -5,7 +5,7 @@
 
 use crate::env::{read, target};
 use crate::guest::{Guest, Kind, Spec};
-use crate::{kvm_selftests, real, vhost_user};
+use crate::{harm, kvm_selftests, real, vhost_user};
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::json;
 use std::fs;
@@ -90,6 +90,15 @@ impl Mount {
                 Ok((s.f_blocks - s.f_bfree) * s.f_frsize / 1024)
             }
         }
+    }
+}
+
+impl Mount {
+    /// Takes it out of the tree though it is in use (`umount -l`).
+    pub fn detach(self) -> Result<()> {
+        sh(Command::new("umount").arg("-l").arg(&self.path))?;
+        std::mem::forget(self);
+        Ok(())
     }
 }
 
@@ -288,6 +297,11 @@ const CASES: &[Case] = &[
         run: real::sudden_ends,
     },
     Case {
+        name: "what_the_host_does_leaves_a_guest_alone",
+        module: false,
+        run: harm::host,
+    },
+    Case {
         name: "private_mapping_is_refused_with_a_hint",
         module: true,
         run: private,
@@ -355,11 +369,18 @@ const CASES: &[Case] = &[
 ];
 
 /// What takes long and finds little that the others do not.
-const LONG_CASES: &[Case] = &[Case {
-    name: "kvm_selftest_memory_regions",
-    module: true,
-    run: kvm_selftests::regions,
-}];
+const LONG_CASES: &[Case] = &[
+    Case {
+        name: "kvm_selftest_memory_regions",
+        module: true,
+        run: kvm_selftests::regions,
+    },
+    Case {
+        name: "broken_memory_and_the_oom_killer_end_one_guest_each",
+        module: true,
+        run: harm::ends,
+    },
+];
 
 /// Runs the cases whose name contains `filter`; KTAP on stdout. True if none failed. With more
 /// `rounds` than usual those that take long are among them.
@@ -730,7 +751,7 @@ fn limited(ctx: &Ctx) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::CASES;
+    use super::{CASES, LONG_CASES};
 
     #[test]
     fn guests_that_the_limits_name_exist() {
@@ -740,7 +761,8 @@ mod tests {
         for word in rows.flat_map(|row| row.split("kvm: ").skip(1)) {
             let part = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
             let name = word.split(part).next().unwrap_or("");
-            let exists = CASES.iter().any(|case| case.name.contains(name));
+            let mut all = CASES.iter().chain(LONG_CASES);
+            let exists = all.any(|case| case.name.contains(name));
             assert!(exists && !name.is_empty(), "no guest is named {name:?}");
             named += 1;
         }

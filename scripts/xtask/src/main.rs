@@ -13,6 +13,7 @@ mod contention;
 mod demo;
 mod env;
 mod guest;
+mod harm;
 mod inside;
 mod instrumented;
 mod ktap;

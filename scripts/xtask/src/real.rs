@@ -23,10 +23,10 @@ fn on(dir: &Path) -> Spec {
     Spec::new("web1", Kind::Small, MIB, dir, LOAD_MIB)
 }
 
-/// The same on memory that has nothing to do with the module.
+/// The same on memory that has nothing to do with the module: a memfd.
 fn on_plain() -> Spec {
     let mut spec = on(Path::new("-"));
-    spec.backends = vec![format!("memory-backend-ram,id=m0,size={MIB}M")];
+    spec.backends = vec![format!("memory-backend-memfd,id=m0,size={MIB}M,share=on")];
     spec
 }
 

@@ -164,8 +164,8 @@ const BAD: &[&str] = &[
 /// What the OOM killer prints for each process that it looks at.
 const OOM_TRACE: &str = "Call Trace";
 /// A test says so in the log before and after what the OOM killer is meant to do.
-const OOM_BEGINS: &str = "an OOM kill is expected from here";
-const OOM_ENDS: &str = "an OOM kill is expected no more";
+pub const OOM_BEGINS: &str = "an OOM kill is expected from here";
+pub const OOM_ENDS: &str = "an OOM kill is expected no more";
 
 /// The lines of a kernel log that say something is wrong.
 pub fn problems(log: &str) -> Vec<String> {
@@ -366,9 +366,14 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
         .arg(k.vmlinuz())
         .arg("-initrd")
         .arg(host_initramfs(k)?);
+    // The root stays reachable while devices are suspended: its driver cannot start anew.
     c.args([
-        "-virtfs",
-        "local,path=/,mount_tag=root,security_model=none,multidevs=remap",
+        "-fsdev",
+        "local,id=root,path=/,security_model=none,multidevs=remap",
+        "-device",
+        "pcie-root-port,id=rootport,chassis=1",
+        "-device",
+        "virtio-9p-pci,bus=rootport,fsdev=root,mount_tag=root,x-pcie-pm-no-soft-reset=on",
     ]);
     c.args([
         "-object",
