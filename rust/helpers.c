@@ -14,7 +14,6 @@
 #include <linux/mount.h>
 #include <linux/namei.h>
 #include <linux/pagemap.h>
-#include <linux/prefetch.h>
 #include <linux/psi.h>
 #include <linux/ratelimit.h>
 #include <linux/sched/mm.h>
@@ -23,7 +22,6 @@
 #include <linux/shrinker.h>
 #include <linux/siphash.h>
 #include <linux/swap.h>
-#include <linux/xxhash.h>
 #include <asm/pgalloc.h>
 #ifdef CONFIG_TRANSPARENT_HUGEPAGE
 #include <asm/invpcid.h>
@@ -89,11 +87,6 @@ unsigned long thinram_page_to_pfn(const struct page *page)
 void *thinram_page_address(const struct page *page)
 {
 	return page_address(page);
-}
-
-void thinram_page_prefetch(const struct page *page)
-{
-	prefetch_range(page_address(page), 4 * L1_CACHE_BYTES);
 }
 
 int thinram_page_to_nid(const struct page *page)

@@ -33,7 +33,6 @@ void *thinram_page_address(const struct page *page);
 struct mem_cgroup *thinram_memcg_of_current(void);
 void thinram_memcg_put(struct mem_cgroup *memcg);
 struct mem_cgroup *thinram_memcg_charge_to(struct mem_cgroup *memcg);
-void thinram_page_prefetch(const struct page *page);
 int thinram_page_to_nid(const struct page *page);
 void thinram_page_get(struct page *page);
 void thinram_page_put(struct page *page);

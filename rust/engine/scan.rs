@@ -285,10 +285,6 @@ impl Walk {
                     } else if holds_data(slot) {
                         scanned += 1;
                     }
-                    // What takes longest is to get hold of a page's first bytes.
-                    if let Some(next) = guard.page(self.index + 1) {
-                        next.prefetch();
-                    }
                     if slot.state() != State::Shared {
                         if let Some(found) = self.look(host, &mut guard, visit, slot) {
                             // The loop ends when it is full.
@@ -441,7 +437,9 @@ impl Walk {
         }
         // In this order: protected, then nobody holds a pin from before, then the hash.
         let trusted = guard.is_protected(index) && page.is_unpinned();
-        let hash = hash::of_page(page, visit.seed);
+        // What takes longest is to get hold of a page's bytes.
+        let next = guard.own_page(index.saturating_add(1));
+        let hash = hash::of_page_before(page, visit.seed, next);
         let key = visit.key(hash);
         if slot.state() == State::Huge {
             survey::note(host, guard, index, key, hash == visit.zero_hash, trusted);

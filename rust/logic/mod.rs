@@ -18,6 +18,7 @@ pub mod cell;
 pub mod clusters;
 pub mod counts;
 pub mod funding;
+pub mod hash;
 pub mod hints;
 pub mod hist;
 pub mod huge;

@@ -10,6 +10,5 @@
 #include <linux/rmap.h>
 #include <linux/shrinker.h>
 #include <linux/statfs.h>
-#include <linux/xxhash.h>
 #include <linux/zsmalloc.h>
 #include "../helpers.h"

@@ -1,43 +1,52 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The content hash: the kernel's xxh64 over a whole page, with a seed. It is never trusted: pages
-//! are compared before they are merged.
+//! The content hash (`logic::hash`) over a whole page, with a seed. It is never trusted: pages are
+//! compared before they are merged.
 
 use super::{
     bindings,
-    page::PageRef,
+    page::{Lines, PageRef},
     protect::{self, Protection},
 };
-use kernel::page::PAGE_SIZE;
+use crate::logic::hash::{mix, PageHash};
 
 /// A seed for one sharing scope, made from the key of this load of the module.
-#[derive(Clone, Copy, Eq, PartialEq)]
-pub(crate) struct Seed(u64);
+#[derive(Clone, Copy)]
+pub(crate) struct Seed(PageHash);
 
 impl Seed {
-    /// Mixes `scope` into `key` (a round of splitmix64).
+    /// Mixes `scope` into `key`.
     pub(crate) fn new(key: u64, scope: u64) -> Seed {
-        let mut x = key ^ scope.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        Seed(x ^ (x >> 31))
+        let mixed = mix(key ^ scope.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        Seed(PageHash::new(mixed))
     }
 }
 
-/// Bytes that a weakened hash looks at.
-const WEAK_BYTES: usize = 64;
+/// Cache lines that a weakened hash looks at.
+const WEAK_LINES: usize = 1;
 
 /// Hashes the page as it is now; a mapped page may change meanwhile, then the hash is of no content
 /// that ever was.
-#[inline]
 pub(crate) fn of_page(page: PageRef<'_>, seed: Seed) -> u64 {
-    let bytes = if protect::armed(Protection::WholeHash) {
-        PAGE_SIZE
+    of_page_before(page, seed, None)
+}
+
+/// The same for one whose turn is before that of `next`. That one's bytes are asked for meanwhile, for
+/// to wait for them takes longer than to hash them.
+#[inline]
+pub(crate) fn of_page_before(page: PageRef<'_>, seed: Seed, next: Option<PageRef<'_>>) -> u64 {
+    let lines = if protect::armed(Protection::WholeHash) {
+        Lines::IN_PAGE
     } else {
-        WEAK_BYTES
+        WEAK_LINES
     };
-    // SAFETY: A PageRef's page is in the direct map and PAGE_SIZE long as long as the PageRef lives.
-    unsafe { bindings::xxh64(page.address().cast(), bytes, seed.0) }
+    let (words, next) = (page.words(), next.unwrap_or(page).lines());
+    let mut hash = seed.0;
+    for line in 0..lines {
+        next.ask(line);
+        hash.add(words.line(line));
+    }
+    hash.finish()
 }
 
 /// A random key, drawn once at load.

@@ -11,6 +11,7 @@ use super::{
     inject::{self, Point},
     protect,
 };
+use crate::logic::hash::STEP;
 use core::{marker::PhantomData, ptr::NonNull};
 use kernel::{ffi::c_void, page::PAGE_SIZE};
 
@@ -203,6 +204,52 @@ pub(crate) struct Label {
     pub(crate) scope: u32,
 }
 
+/// Where the bytes of a page lie, to ask for them ahead. Nothing is read there.
+#[derive(Clone, Copy)]
+pub(super) struct Lines(*const u64);
+
+impl Lines {
+    /// Cache lines of a page.
+    pub(super) const IN_PAGE: usize = PAGE_SIZE / (STEP * core::mem::size_of::<u64>());
+
+    /// Asks for one of them, so that it is in the cache when it is read soon after.
+    #[inline(always)]
+    pub(super) fn ask(self, line: usize) {
+        // SAFETY: A prefetch changes nothing, and faults at no address.
+        unsafe {
+            core::arch::asm!(
+                "prefetcht0 [{}]",
+                in(reg) self.0.wrapping_add(line.wrapping_mul(STEP)),
+                options(nostack, preserves_flags, readonly)
+            );
+        }
+    }
+}
+
+/// The bytes of a page that somebody keeps alive for `'a`. Guests may write to them meanwhile.
+#[derive(Clone, Copy)]
+pub(super) struct Words<'a>(*const u64, PhantomData<&'a Frame>);
+
+impl Words<'_> {
+    /// A word as it is now; zero beyond the page.
+    #[inline(always)]
+    fn word(self, at: usize) -> u64 {
+        if at >= Lines::IN_PAGE * STEP {
+            return 0;
+        }
+        // SAFETY: The word lies within the page, which is alive, in the direct map and aligned. It is read
+        // once, and what comes is something that was there.
+        unsafe { self.0.wrapping_add(at).read_volatile() }
+    }
+
+    /// A cache line as it is now.
+    #[inline(always)]
+    pub(super) fn line(self, line: usize) -> [u64; STEP] {
+        let start = line.wrapping_mul(STEP);
+        core::array::from_fn(|word| self.word(start.wrapping_add(word)))
+    }
+}
+
 /// A page that somebody keeps alive for `'a`.
 #[derive(Clone, Copy)]
 pub(crate) struct PageRef<'a>(NonNull<bindings::page>, PhantomData<&'a Frame>);
@@ -240,12 +287,16 @@ impl<'a> PageRef<'a> {
         unsafe { bindings::thinram_page_address(self.0.as_ptr()) }
     }
 
-    /// Asks for the first cache lines, so that they, and the translation of the page's address, are
-    /// there when it is read soon after.
+    /// Where the page's bytes lie.
     #[inline]
-    pub(crate) fn prefetch(self) {
-        // SAFETY: The page is alive, and a prefetch changes nothing.
-        unsafe { bindings::thinram_page_prefetch(self.0.as_ptr()) }
+    pub(super) fn lines(self) -> Lines {
+        Lines(self.address().cast_const().cast())
+    }
+
+    /// The page's bytes, to be read as they are at each moment.
+    #[inline]
+    pub(super) fn words(self) -> Words<'a> {
+        Words(self.address().cast_const().cast(), PhantomData)
     }
 
     /// The frame number.
