@@ -171,10 +171,14 @@ impl Hand {
         compressor: &mut Compressor,
         scratch: &mut Scratch,
         wanted: u64,
-        unused_us: u64,
+        unused_us: impl FnOnce() -> u64,
     ) -> Step {
-        let until_us = (self.rest_until_us).max(self.ended_us.saturating_add(unused_us));
-        if until_us > clock::now_us() || host.figures().pages_shared == 0 {
+        let now_us = clock::now_us();
+        if self.rest_until_us > now_us || host.figures().pages_shared == 0 {
+            return Step::Resting;
+        }
+        // It asks every VM, so only when it matters.
+        if self.ended_us.saturating_add(unused_us()) > now_us {
             return Step::Resting;
         }
         if !self.zapped {

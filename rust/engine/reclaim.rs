@@ -230,15 +230,7 @@ impl Worker {
 
     /// Who pays next; `None` when all that could are to be left alone for now.
     fn victim<'a>(&self, host: &Host, vms: &'a [Arc<Vm>]) -> Option<(&'a Arc<Vm>, Victim)> {
-        let tax = host.knobs.idle_tax_percent.load(Ordering::Relaxed);
-        let poorest = |may: &dyn Fn(&Vm) -> bool| {
-            let holdings = vms.iter().map(|vm| match may(vm) {
-                true => vm.holding(host),
-                false => Holding::default(),
-            });
-            let victim = funding::poorest(holdings, tax)?;
-            Some((vms.get(victim.place)?, victim))
-        };
+        let poorest = |may: &dyn Fn(&Vm) -> bool| poorest(host, vms, may);
         if host.state() != HostState::Low {
             // Others do not pay for one that rests.
             return poorest(&|vm| !is_stuck(vm)).filter(|(vm, _)| !self.rests(vm));
@@ -383,7 +375,7 @@ impl Worker {
         ) else {
             return cold::Step::Resting;
         };
-        let unused_us = shared_unused_us(host, vms);
+        let unused_us = || shared_unused_us(host, vms);
         (self.hand).step(host, vms, compressor, scratch, wanted, unused_us)
     }
 
@@ -703,12 +695,25 @@ fn bring_back(
     true
 }
 
+/// Who pays next, of those that `may`.
+fn poorest<'a>(
+    host: &Host,
+    vms: &'a [Arc<Vm>],
+    may: &dyn Fn(&Vm) -> bool,
+) -> Option<(&'a Arc<Vm>, Victim)> {
+    let tax = host.knobs.idle_tax_percent.load(Ordering::Relaxed);
+    let holdings = vms.iter().map(|vm| match may(vm) {
+        true => vm.holding(host),
+        false => Holding::default(),
+    });
+    let victim = funding::poorest(holdings, tax)?;
+    Some((vms.get(victim.place)?, victim))
+}
+
 /// Microseconds in which nobody may have touched a shared page that is to go.
 fn shared_unused_us(host: &Host, vms: &[Arc<Vm>]) -> u64 {
-    let tax = host.knobs.idle_tax_percent.load(Ordering::Relaxed);
-    let asked = vms.iter().filter(|vm| !is_stuck(vm));
-    match funding::poorest(asked.map(|vm| vm.holding(host)), tax) {
-        Some(victim) if victim.with == Pages::Idle => host.sample_period_us(),
+    match poorest(host, vms, &|vm| !is_stuck(vm)) {
+        Some((_, victim)) if victim.with == Pages::Idle => host.sample_period_us(),
         _ => 0,
     }
 }

@@ -586,30 +586,22 @@ impl Mapped {
         Ok(Self { at, bytes })
     }
 
+    /// The first word of page `page`, which lies in the mapping.
+    fn word(&self, page: usize) -> *mut u64 {
+        assert!((page + 1) * PAGE <= self.bytes);
+        self.at.cast::<u8>().wrapping_add(page * PAGE).cast()
+    }
+
     /// Writes a word of page `page`.
     pub fn set(&self, page: usize, value: u64) {
-        assert!((page + 1) * PAGE <= self.bytes);
         // SAFETY: The page lies in the mapping, which only this process uses.
-        unsafe {
-            self.at
-                .cast::<u8>()
-                .add(page * PAGE)
-                .cast::<u64>()
-                .write_volatile(value)
-        };
+        unsafe { self.word(page).write_volatile(value) };
     }
 
     /// Reads a word of page `page`.
     pub fn get(&self, page: usize) -> u64 {
-        assert!((page + 1) * PAGE <= self.bytes);
         // SAFETY: As for `set`.
-        unsafe {
-            self.at
-                .cast::<u8>()
-                .add(page * PAGE)
-                .cast::<u64>()
-                .read_volatile()
-        }
+        unsafe { self.word(page).read_volatile() }
     }
 
     /// Its pages of 4 KiB.
