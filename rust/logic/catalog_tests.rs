@@ -26,10 +26,7 @@ impl PageStore for Pages {
 
 /// Numbers that look random (splitmix64, Steele 2014).
 pub fn mix(n: u64) -> u64 {
-    let mut z = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    super::super::hash::mix(n.wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
 /// A catalog beside what it should hold.

@@ -19,7 +19,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use thinram_logic::hash::{PageHash, STEP};
+use thinram_logic::hash::{self, PageHash, STEP};
 
 const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
@@ -147,10 +147,7 @@ impl Drop for Memory {
 }
 
 fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
+    hash::mix(x.wrapping_add(0x9e37_79b9_7f4a_7c15))
 }
 
 /// All page numbers in an order that is the same in each run.

@@ -300,10 +300,7 @@ impl Dice {
 
     fn draw(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        thinram_logic::hash::mix(self.state)
     }
 
     fn one_of<T: Copy>(&mut self, of: &[T]) -> Option<T> {
