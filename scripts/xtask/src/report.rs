@@ -85,12 +85,14 @@ fn skipped(o: &Outcome) -> bool {
 /// The report as text. A suite without a test is a failure.
 fn text(suites: &[Suite]) -> (String, bool) {
     let mut out = String::new();
+    // Failures come last, next to the table: the skipped are many, and the end is what people see.
+    let mut failures = String::new();
     for suite in suites {
         for test in &suite.tests {
             match &test.outcome {
                 Outcome::Fail(why) => {
-                    out += &format!("FAIL {}: {}\n", suite.name, test.name);
-                    out.extend(why.lines().map(|l| format!("     {l}\n")));
+                    failures += &format!("FAIL {}: {}\n", suite.name, test.name);
+                    failures.extend(why.lines().map(|l| format!("     {l}\n")));
                 }
                 Outcome::Skip(why) => {
                     let why = if why.is_empty() {
@@ -104,6 +106,7 @@ fn text(suites: &[Suite]) -> (String, bool) {
             }
         }
     }
+    out += &failures;
     let head = format!(
         "{:<40}{:>8}{:>8}{:>8}{:>10}\n",
         "suite", "passed", "failed", "skipped", "time"
@@ -194,6 +197,16 @@ mod tests {
         assert_eq!(counts("scenarios"), "2 0 1");
         assert_eq!(counts("KUnit"), "1 0 0");
         assert!(!text.contains("KVM guests"), "no such suite ran");
+    }
+
+    #[test]
+    fn failures_come_after_the_skipped() {
+        let failed = Suite::new(Kind::Host, "a", vec![Test::fail("x", "because\nof that")]);
+        let skipped = Suite::new(Kind::Host, "b", vec![skip("z", "no device")]);
+        let (text, good) = text(&[failed, skipped]);
+        assert!(!good);
+        let told = "SKIP b: z (no device)\nFAIL a: x\n     because\n     of that\n\nsuite";
+        assert!(text.starts_with(told), "{text}");
     }
 
     #[test]
