@@ -70,9 +70,6 @@ impl Work for Scanner {
             let cpu_before = clock::thread_cpu_us();
             let done = walk.step(host, pacer.batch(&limits));
             let cpu_us = clock::thread_cpu_us().saturating_sub(cpu_before);
-            host.events
-                .scan_cpu_us
-                .store(clock::thread_cpu_us(), Ordering::Relaxed);
             let mut sleep_us = pacer.after(&host.limits(), clock::now_us(), done, cpu_us);
             while sleep_us > 0 && !task::should_stop() && host.run_mode() == RunMode::Run {
                 (host.scanner_bell).sleep(&mut ear, sleep_us, task::should_stop);
@@ -153,13 +150,23 @@ impl Walk {
 
     /// Looks at up to `pages` pages; returns how many it was.
     fn step(&mut self, host: &Host, pages: u64) -> u64 {
-        /// Pages between two looks at whether the index needs room.
-        const STRIDE: u64 = 64;
         let policy = host.policy();
         // `run` may have changed while this waited for the policy: its writer counts on no merge.
         if host.run_mode() != RunMode::Run {
             return 0;
         }
+        let done = self.walk(host, policy.zero_only, pages);
+        // With the policy locked: who stopped the scanner sees its counters stand still.
+        host.events
+            .scan_cpu_us
+            .store(clock::thread_cpu_us(), Ordering::Relaxed);
+        done
+    }
+
+    /// Looks at up to `pages` pages, with the policy locked; returns how many it was.
+    fn walk(&mut self, host: &Host, zero_only: bool, pages: u64) -> u64 {
+        /// Pages between two looks at whether the index needs room.
+        const STRIDE: u64 = 64;
         let contents = host.contents();
         let mut done = 0;
         while done < pages {
@@ -195,7 +202,7 @@ impl Walk {
                 scope,
                 seed,
                 zero_hash,
-                zero_only: policy.zero_only,
+                zero_only,
                 rules: host.rules(),
                 unites: host.index().expects_doubles(),
                 pass: host.events.full_scans.load(Ordering::Relaxed),
