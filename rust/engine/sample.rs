@@ -288,9 +288,6 @@ impl Sampler {
             vm.sample.end(vm.standing(), over);
             vm.sampled_anew();
         }
-        if over {
-            count(&host.events.active_samples);
-        }
         // Who comes meanwhile has no region counted, and is drawn from in the next period.
         for id in 0..host.registry().end() {
             if let Some(region) = host.registry().get(id) {
@@ -323,6 +320,10 @@ impl Sampler {
             if task::should_stop() {
                 return;
             }
+        }
+        // Last: who sees it knows that what is touched from now on is seen.
+        if over {
+            count(&host.events.active_samples);
         }
     }
 

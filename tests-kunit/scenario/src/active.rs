@@ -2,10 +2,7 @@
 
 //! The working set: `active_kb` follows what a guest does, and idle memory pays.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
-
-use anyhow::Result;
+use anyhow::{bail, Result};
 
 use crate::check::{eq, within};
 use crate::contention::force;
@@ -53,30 +50,39 @@ pub const CASES: &[Case] = &[
     ),
 ];
 
-/// Touches the first `hot` pages of `guest`, whatever that is, over and over while `work` runs.
-fn while_touching(
-    guest: &Guest,
-    hot: &AtomicUsize,
-    work: impl FnOnce() -> Result<()>,
-) -> Result<()> {
-    const STOP: usize = usize::MAX;
-    thread::scope(|scope| {
-        scope.spawn(|| loop {
-            let pages = match hot.load(Ordering::Relaxed) {
-                STOP => break,
-                pages => pages,
-            };
-            let mut sum = 0u64;
-            for page in 0..pages {
-                sum = sum.wrapping_add(guest.map.get(page, 0));
-            }
-            std::hint::black_box(sum);
-            thread::sleep(std::time::Duration::from_millis(20));
-        });
-        let done = work();
-        hot.store(STOP, Ordering::Relaxed);
-        done
-    })
+/// Touches the first `pages` pages of `guest`.
+fn touch(guest: &Guest, pages: usize) {
+    let mut sum = 0u64;
+    for page in 0..pages {
+        sum = sum.wrapping_add(guest.map.get(page, 0));
+    }
+    std::hint::black_box(sum);
+}
+
+/// What `read` says after a period in which `work` was done. It ends when this says so, and the next
+/// lasts for as long as the caller likes; one that ended by itself, because this had no CPU for a
+/// second, tells nothing, and another takes its place.
+fn after_period<T>(ctx: &Ctx, work: impl Fn(), read: impl Fn() -> Result<T>) -> Result<T> {
+    const TRIES: usize = 30;
+    let sys = ctx.sys();
+    let end = || -> Result<u64> {
+        let now = sys.get("active_samples")?;
+        sys.set("active_sample_period_secs", 1)?;
+        ctx.until_least("active_samples", now + 1, 30.0)?;
+        sys.set("active_sample_period_secs", 3600)?;
+        sys.get("active_samples")
+    };
+    for _ in 0..TRIES {
+        let began = end()?;
+        work();
+        let ended = end()?;
+        let seen = read()?;
+        if (ended, sys.get("active_samples")?) == (began + 1, ended) {
+            return Ok(seen);
+        }
+        println!("a period ended by itself");
+    }
+    bail!("{TRIES} periods of a second ended by themselves")
 }
 
 /// Lets the period that is under way and a whole one pass: two at most.
@@ -106,29 +112,23 @@ fn active(ctx: &Ctx) -> Result<()> {
         vm.get("active_kb")?,
         size,
     )?;
-    sys.set("active_sample_period_secs", 1)?;
-    let hot = AtomicUsize::new(PAGES / 2);
-    while_touching(&guest, &hot, || {
-        for round in 0..2 {
-            // With 100 samples, 20 % is four times the deviation of a half.
-            for (pages, low, high) in [(PAGES / 2, 30, 70), (0, 0, 0), (PAGES, 100, 100)] {
-                hot.store(pages, Ordering::Relaxed);
-                two_periods(ctx)?;
-                let seen = vm.get("active_kb")? * 100 / size;
-                println!(
-                    "round {round}: {} % in use, {seen} % seen",
-                    pages * 100 / PAGES
-                );
-                within(
-                    format!("percent seen of {pages} pages in use"),
-                    seen,
-                    low,
-                    high,
-                )?;
-            }
+    for round in 0..2 {
+        // With 100 samples, 20 % is four times the deviation of a half.
+        for (pages, low, high) in [(PAGES / 2, 30, 70), (0, 0, 0), (PAGES, 100, 100)] {
+            let seen = after_period(ctx, || touch(&guest, pages), || vm.get("active_kb"))?;
+            let seen = seen * 100 / size;
+            println!(
+                "round {round}: {} % in use, {seen} % seen",
+                pages * 100 / PAGES
+            );
+            within(
+                format!("percent seen of {pages} pages in use"),
+                seen,
+                low,
+                high,
+            )?;
         }
-        Ok(())
-    })?;
+    }
     for page in 0..PAGES {
         eq(
             format!("page {page}"),
@@ -170,23 +170,22 @@ fn active_large(ctx: &Ctx) -> Result<()> {
         vm.get("active_kb")?,
         all_kb,
     )?;
-    let hot = AtomicUsize::new(0);
-    while_touching(&guest, &hot, || {
-        for regions in [0, REGIONS / 2, 0, REGIONS] {
-            hot.store(regions * LARGE, Ordering::Relaxed);
-            two_periods(ctx)?;
-            let seen = vm.get("active_kb")?;
-            let kb = regions as u64 * LARGE_KB;
-            // Two samples of a region may be of one page, and count once.
-            within(
-                format!("active_kb with {regions} regions in use"),
-                seen,
-                kb * 9 / 10,
-                (kb * 11 / 10).min(all_kb),
-            )?;
-        }
-        Ok(())
-    })?;
+    for regions in [0, REGIONS / 2, 0, REGIONS] {
+        let seen = after_period(
+            ctx,
+            || touch(&guest, regions * LARGE),
+            || vm.get("active_kb"),
+        )?;
+        let kb = regions as u64 * LARGE_KB;
+        // Two samples of a region may be of one page, and count once.
+        within(
+            format!("active_kb with {regions} regions in use"),
+            seen,
+            kb * 9 / 10,
+            (kb * 11 / 10).min(all_kb),
+        )?;
+    }
+    sys.set("active_sample_period_secs", 1)?;
     let asked = sys.get("active_samples")?;
     ctx.until_least("active_samples", asked + ASKED + 1, 60.0)?;
     guest.holds(0, REGIONS * LARGE, 1)?;
@@ -200,7 +199,6 @@ fn active_large(ctx: &Ctx) -> Result<()> {
 }
 
 fn idle_tax(ctx: &Ctx) -> Result<()> {
-    let sys = ctx.sys();
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let (idle, busy) = (mount.guest("idle", 2048)?, mount.guest("busy", 2048)?);
     for (guest, first) in [(&idle, 1), (&busy, 5000)] {
@@ -209,23 +207,19 @@ fn idle_tax(ctx: &Ctx) -> Result<()> {
     }
     // The busy one has a bit less to its name: without the tax it would pay first.
     busy.sysfs(ctx).set("shares", 900)?;
-    sys.set("active_sample_period_secs", 1)?;
-    let hot = AtomicUsize::new(2048);
-    while_touching(&busy, &hot, || {
-        two_periods(ctx)?;
-        force(ctx, "hard")?;
-        let vm = idle.sysfs(ctx);
-        ctx.until("half of the idle VM is compressed", 30.0, || {
-            let seen = vm.get("compressed_kb")?;
-            Ok((seen >= 4096, format!("{seen} KiB")))
-        })?;
-        eq(
-            "compressions of the busy VM by then",
-            busy.sysfs(ctx).get("compressions")?,
-            0,
-        )?;
-        force(ctx, "none")
+    after_period(ctx, || touch(&busy, 2048), || Ok(()))?;
+    force(ctx, "hard")?;
+    let vm = idle.sysfs(ctx);
+    ctx.until("half of the idle VM is compressed", 30.0, || {
+        let seen = vm.get("compressed_kb")?;
+        Ok((seen >= 4096, format!("{seen} KiB")))
     })?;
+    eq(
+        "compressions of the busy VM by then",
+        busy.sysfs(ctx).get("compressions")?,
+        0,
+    )?;
+    force(ctx, "none")?;
     idle.holds(0, 2048, 1)?;
     busy.holds(0, 2048, 5000)
 }
@@ -299,26 +293,22 @@ fn idle_first(ctx: &Ctx, large: bool) -> Result<()> {
     // By shares and tax alone the busy one would pay for all.
     idle.sysfs(ctx).set("shares", 100_000)?;
     busy.sysfs(ctx).set("shares", 100)?;
-    sys.set("active_sample_period_secs", 2)?;
-    let hot = AtomicUsize::new(BUSY);
     let compressed = |guest: &Guest| guest.sysfs(ctx).get("compressions");
-    while_touching(&busy, &hot, || {
-        if large {
-            // They are watched only for who asks.
-            for guest in [&idle, &busy] {
-                guest.sysfs(ctx).get("active_kb")?;
-            }
+    if large {
+        // They are watched only for who asks.
+        for guest in [&idle, &busy] {
+            guest.sysfs(ctx).get("active_kb")?;
         }
-        two_periods(ctx)?;
-        force(ctx, "hard")?;
-        pays_before(ctx, &idle, "busy", || compressed(&busy))?;
-        // When nobody has idle pages left, those in use are paid with.
-        ctx.until("pages of the busy VM are compressed", 60.0, || {
-            let seen = compressed(&busy)?;
-            Ok((seen > 0, seen.to_string()))
-        })?;
-        force(ctx, "none")
+    }
+    after_period(ctx, || touch(&busy, BUSY), || Ok(()))?;
+    force(ctx, "hard")?;
+    pays_before(ctx, &idle, "busy", || compressed(&busy))?;
+    // When nobody has idle pages left, those in use are paid with.
+    ctx.until("pages of the busy VM are compressed", 60.0, || {
+        let seen = compressed(&busy)?;
+        Ok((seen > 0, seen.to_string()))
     })?;
+    force(ctx, "none")?;
     idle.holds(0, IDLE, 1)?;
     busy.holds(0, BUSY, 5000)?;
     if large {
@@ -326,21 +316,19 @@ fn idle_first(ctx: &Ctx, large: bool) -> Result<()> {
     }
     // Without a tax shares alone decide.
     sys.set("idle_tax_percent", 0)?;
-    while_touching(&busy, &hot, || {
-        two_periods(ctx)?;
-        let (of_idle, of_busy) = (compressed(&idle)?, compressed(&busy)?);
-        force(ctx, "hard")?;
-        ctx.until("the busy VM pays", 60.0, || {
-            let seen = compressed(&busy)? - of_busy;
-            Ok((seen > 512, seen.to_string()))
-        })?;
-        eq(
-            "compressions of the idle VM",
-            compressed(&idle)? - of_idle,
-            0,
-        )?;
-        force(ctx, "none")
+    after_period(ctx, || touch(&busy, BUSY), || Ok(()))?;
+    let (of_idle, of_busy) = (compressed(&idle)?, compressed(&busy)?);
+    force(ctx, "hard")?;
+    ctx.until("the busy VM pays", 60.0, || {
+        let seen = compressed(&busy)? - of_busy;
+        Ok((seen > 512, seen.to_string()))
     })?;
+    eq(
+        "compressions of the idle VM",
+        compressed(&idle)? - of_idle,
+        0,
+    )?;
+    force(ctx, "none")?;
     idle.holds(0, IDLE, 1)?;
     busy.holds(0, BUSY, 5000)
 }
