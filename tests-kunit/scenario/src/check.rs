@@ -4,6 +4,7 @@
 
 use std::fmt::{Debug, Display};
 use std::io;
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Result};
 use nix::errno::Errno;
@@ -134,5 +135,46 @@ pub fn bytes_are(what: impl Display, seen: &[u8], expected: &[u8]) -> Result<()>
             "{what}: byte {i}: expected {:#04x}, seen {:#04x}",
             expected[i], seen[i],
         )))),
+    }
+}
+
+/// The longest time between two of somebody's turns: who had no CPU for longer than pages may rest
+/// did not use them, whatever was meant.
+pub struct Gaps {
+    last: Instant,
+    longest: Duration,
+}
+
+impl Gaps {
+    /// Shorter ones are no reason for a page in use to go: the module leaves 100 ms between two looks.
+    const HARMLESS: Duration = Duration::from_millis(80);
+
+    /// The first turn begins.
+    pub fn new() -> Gaps {
+        Gaps {
+            last: Instant::now(),
+            longest: Duration::ZERO,
+        }
+    }
+
+    /// A turn ends.
+    pub fn turn(&mut self) {
+        self.longest = self.longest.max(self.last.elapsed());
+        self.last = Instant::now();
+    }
+
+    /// What is measured from now on counts, the gap that is under way included.
+    pub fn measure(&mut self) {
+        self.longest = Duration::ZERO;
+    }
+
+    /// Whether the turns came often enough for what was measured; says so if not.
+    pub fn harmless(&self) -> bool {
+        let longest = self.longest.max(self.last.elapsed());
+        let good = longest < Self::HARMLESS;
+        if !good {
+            println!("{longest:?} between two turns: not counted");
+        }
+        good
     }
 }

@@ -6,16 +6,17 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Result};
+use anyhow::{bail, ensure, Result};
 use nix::errno::Errno;
 use nix::sys::signal::{kill, Signal};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use crate::check::{bytes_are, eq, page_is, within};
+use crate::check::{bytes_are, eq, page_is, within, Gaps};
 use crate::content::{self, mix, page_bytes};
 use crate::contention::force;
 use crate::ctx::{Ctx, Guest, Mount};
@@ -260,11 +261,14 @@ fn three_sharers(ctx: &Ctx) -> Result<()> {
 fn in_use(ctx: &Ctx) -> Result<()> {
     const PAGES: usize = 512;
     const HOT: usize = 64;
+    const TRIES: usize = 10;
     let sys = ctx.sys();
     sys.set("compress_max_percent", 100)?;
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
     let guests = merged(ctx, &mount, &["a", "b", "c"], PAGES)?;
     let stop = AtomicBool::new(false);
+    let gaps = Mutex::new(Gaps::new());
+    let lock = || gaps.lock().expect("nobody panics with it");
     thread::scope(|scope| {
         let user = &guests[1];
         scope.spawn(|| {
@@ -272,6 +276,7 @@ fn in_use(ctx: &Ctx) -> Result<()> {
                 for page in 0..HOT {
                     std::hint::black_box(user.map.get(page, 0));
                 }
+                lock().turn();
                 thread::sleep(Duration::from_millis(5));
             }
         });
@@ -279,12 +284,18 @@ fn in_use(ctx: &Ctx) -> Result<()> {
             force(ctx, "hard")?;
             let cold = 4 * (PAGES - HOT) as u64;
             ctx.until_least("shared_compressed_kb", cold, SOON)?;
-            let back = sys.get("shared_decompressions")?;
-            thread::sleep(Duration::from_secs(2));
-            let back = sys.get("shared_decompressions")? - back;
-            println!("{back} pages in use were compressed");
-            within("pages in use that went", back, 0, HOT as u64 / 4)?;
-            force(ctx, "none")
+            for _ in 0..TRIES {
+                lock().measure();
+                let back = sys.get("shared_decompressions")?;
+                thread::sleep(Duration::from_secs(2));
+                let back = sys.get("shared_decompressions")? - back;
+                println!("{back} pages in use were compressed");
+                if back <= HOT as u64 / 4 || lock().harmless() {
+                    within("pages in use that went", back, 0, HOT as u64 / 4)?;
+                    return force(ctx, "none");
+                }
+            }
+            bail!("{TRIES} times no CPU to use pages with")
         })();
         stop.store(true, Ordering::Relaxed);
         done

@@ -410,11 +410,34 @@ fn passed(sys: &Sys) -> Result<u64> {
 }
 
 /// Pages scanned within `seconds`, and how long that really was.
-fn scanned_in(sys: &Sys, seconds: f64) -> Result<(f64, f64)> {
-    let (start, before) = (Instant::now(), passed(sys)?);
+fn scanned_in(sys: &Sys, seconds: f64) -> Result<f64> {
+    let before = passed(sys)?;
     thread::sleep(Duration::from_secs_f64(seconds));
-    let after = passed(sys)?;
-    Ok(((after - before) as f64, start.elapsed().as_secs_f64()))
+    Ok((passed(sys)? - before) as f64)
+}
+
+/// Checks that the scan comes by at least `low` and at most `high` times `rate` pages a second in
+/// three seconds, or in more while others have the CPU.
+fn scans_at(ctx: &Ctx, rate: f64, low: f64, high: f64) -> Result<()> {
+    const LONGEST: f64 = 30.0;
+    let sys = ctx.sys();
+    let (start, before) = (Instant::now(), passed(&sys)?);
+    thread::sleep(Duration::from_secs(3));
+    loop {
+        let pages = (passed(&sys)? - before) as f64;
+        let seconds = start.elapsed().as_secs_f64();
+        if pages >= rate * seconds * low || seconds > LONGEST {
+            println!("{rate} pages/s: {:.0}", pages / seconds);
+            // A batch may straddle either end of the window.
+            return within(
+                "pages scanned",
+                pages,
+                rate * seconds * low,
+                rate * seconds * high + 128.0,
+            );
+        }
+        thread::sleep(Duration::from_secs(1));
+    }
 }
 
 /// Waits until the scan came by `pages` more pages.
@@ -444,16 +467,8 @@ fn pace_pages(ctx: &Ctx) -> Result<()> {
     for rate in [2000.0, 500.0, 4000.0] {
         sys.set("scan_pages_per_sec", rate as u64)?;
         thread::sleep(Duration::from_millis(200));
-        let (pages, seconds) = scanned_in(&sys, 3.0)?;
-        println!("{rate} pages/s: {:.0}", pages / seconds);
-        // A batch may straddle either end of the window.
         let low = if ctx.setup.patience > 2.0 { 0.2 } else { 0.7 };
-        within(
-            "pages scanned",
-            pages,
-            rate * seconds * low,
-            rate * seconds * 1.1 + 128.0,
-        )?;
+        scans_at(ctx, rate, low, 1.1)?;
     }
     guest.holds(0, 64, 1)
 }
@@ -465,7 +480,7 @@ fn pace_change(ctx: &Ctx) -> Result<()> {
     sys.flat_out_but_pages()?;
     thread::sleep(Duration::from_millis(500));
     for round in 0..3 {
-        let (pages, _) = scanned_in(&sys, 1.0)?;
+        let pages = scanned_in(&sys, 1.0)?;
         within(
             format!("round {round}: pages in a second at 1 a second"),
             pages,
@@ -483,7 +498,7 @@ fn pace_change(ctx: &Ctx) -> Result<()> {
     sys.set("scan_pages_per_sec", 0)?;
     sys.set("scan_period_secs", 86400)?;
     thread::sleep(Duration::from_millis(200));
-    let (pages, _) = scanned_in(&sys, 1.0)?;
+    let pages = scanned_in(&sys, 1.0)?;
     within("pages in a second at a pass a day", pages, 0.0, 128.0)?;
     sys.flat_out()?;
     until_passed(ctx, 5000, SOON).context("after the period was shortened")
@@ -525,19 +540,8 @@ fn pace_period(ctx: &Ctx) -> Result<()> {
     sys.flat_out()?;
     sys.set("scan_period_secs", 4)?;
     thread::sleep(Duration::from_millis(500));
-    let (pages, seconds) = scanned_in(&sys, 3.0)?;
-    let rate = 8192.0 / 4.0;
-    println!(
-        "{:.0} pages/s, {rate} would be one pass in 4 s",
-        pages / seconds
-    );
     let low = if ctx.setup.patience > 2.0 { 0.2 } else { 0.6 };
-    within(
-        "pages scanned",
-        pages,
-        rate * seconds * low,
-        rate * seconds * 1.5 + 128.0,
-    )
+    scans_at(ctx, 8192.0 / 4.0, low, 1.5)
 }
 
 fn pace_vm(ctx: &Ctx) -> Result<()> {
