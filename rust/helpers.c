@@ -5,6 +5,7 @@
 #include <crypto/chacha.h>
 #include <linux/bvec.h>
 #include <linux/cred.h>
+#include <linux/filelock.h>
 #include <linux/io.h>
 #include <linux/kthread.h>
 #include <linux/lz4.h>
@@ -437,6 +438,11 @@ static const struct vm_operations_struct thinram_vm_ops = {
 	.page_mkwrite	= thinram_rs_page_mkwrite,
 };
 
+void thinram_file_accessed(struct file *file)
+{
+	file_accessed(file);
+}
+
 struct file *thinram_vmf_file(struct vm_fault *vmf)
 {
 	return get_file(vmf->vma->vm_file);
@@ -492,6 +498,7 @@ static const struct file_operations thinram_file_ops = {
 	.mmap_prepare	= thinram_rs_mmap_prepare,
 	.get_unmapped_area = thp_get_unmapped_area,
 	.fsync		= noop_fsync,
+	.setlease	= generic_setlease,
 	.splice_read	= copy_splice_read,
 	.splice_write	= iter_file_splice_write,
 };

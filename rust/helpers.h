@@ -93,6 +93,7 @@ void thinram_memstall_enter(unsigned long *flags);
 void thinram_memstall_leave(unsigned long *flags);
 struct file *thinram_vmf_file(struct vm_fault *vmf);
 void thinram_file_put(struct file *file);
+void thinram_file_accessed(struct file *file);
 void thinram_release_fault_lock(struct vm_fault *vmf);
 bool thinram_vma_shared(const struct vm_area_desc *desc);
 void thinram_vma_prepare(struct vm_area_desc *desc);

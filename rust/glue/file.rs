@@ -8,9 +8,10 @@ use crate::{
         backing::{Backing, PAGE},
         data::{self, Readable},
     },
-    sys::bindings,
+    sys::{bindings, task},
 };
 use kernel::{
+    error::to_result,
     ffi::{c_int, c_long},
     prelude::*,
     sync::Arc,
@@ -145,8 +146,10 @@ unsafe fn read(iocb: &mut bindings::kiocb, to: *mut bindings::iov_iter) -> Resul
             }
             break;
         }
-        crate::sys::task::cond_resched();
+        task::cond_resched();
     }
+    // SAFETY: An open file.
+    unsafe { bindings::thinram_file_accessed(iocb.ki_filp) };
     iocb.ki_pos = i64::try_from(pos).map_err(|_| EOVERFLOW)?;
     Ok(done)
 }
@@ -184,7 +187,7 @@ unsafe fn write(iocb: &mut bindings::kiocb, from: *mut bindings::iov_iter) -> Re
         };
     }
     // SAFETY: The file is open; the inode lock is held.
-    kernel::error::to_result(unsafe { bindings::file_update_time(iocb.ki_filp) })?;
+    to_result(unsafe { bindings::file_modified(iocb.ki_filp) })?;
     let start = u64::try_from(iocb.ki_pos).map_err(|_| EINVAL)?;
     let end = start.checked_add(allowed as u64).ok_or(EFBIG)?;
     let size_before = file.size();
@@ -220,7 +223,7 @@ fn copy_in(file: &Open<'_>, start: u64, end: u64, from: *mut bindings::iov_iter)
             }
             break;
         }
-        crate::sys::task::cond_resched();
+        task::cond_resched();
     }
     Ok(done)
 }
@@ -280,10 +283,9 @@ unsafe extern "C" fn thinram_rs_fallocate(
     unsafe {
         let inode = bindings::thinram_file_inode(file);
         let _lock = InodeLock::lock(inode);
-        let result = Open::of_inode(inode).and_then(|open| allocate(&open, mode, offset, len));
-        if result.is_ok() {
-            bindings::thinram_inode_stamp(inode);
-        }
+        let result = Open::of_inode(inode)
+            .and_then(|open| allocate(&open, mode, offset, len))
+            .and_then(|()| to_result(bindings::file_modified(file)));
         c_long::try_from(super::errno(result)).unwrap_or(-1)
     }
 }
@@ -302,6 +304,8 @@ fn allocate(file: &Open<'_>, mode: c_int, offset: i64, len: i64) -> Result {
         0 | KEEP_SIZE => {
             let size_before = file.size();
             if mode == 0 && to > size_before {
+                // SAFETY: The inode is alive and locked.
+                to_result(unsafe { bindings::inode_newsize_ok(file.inode, end) })?;
                 file.resize(end)?;
             }
             let to = to.min(file.size()).div_ceil(PAGE);

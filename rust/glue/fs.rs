@@ -385,6 +385,8 @@ unsafe extern "C" fn thinram_rs_setattr(
             if let Err(error) = super::file::truncate(inode, (*attr).ia_size) {
                 return error.to_errno();
             }
+            // truncate(2) leaves that to us, ftruncate(2) does not.
+            bindings::thinram_inode_stamp(inode);
         }
         bindings::setattr_copy(idmap, inode, attr);
     }

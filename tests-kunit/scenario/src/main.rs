@@ -3,6 +3,7 @@
 //! Scenario, torture and fuzz tests of a mounted ThinRAM, run as root inside a test machine.
 
 mod active;
+mod attributes;
 mod cgroup;
 mod check;
 mod cold;
@@ -188,6 +189,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         names::CASES,
         data::CASES,
         edges::CASES,
+        attributes::CASES,
         mounts::CASES,
         mapping::CASES,
         host::CASES,

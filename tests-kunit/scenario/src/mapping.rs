@@ -365,6 +365,9 @@ fn grow(ctx: &Ctx) -> Result<()> {
     let grown = guest.map.remap(8 * PAGE, libc::MREMAP_MAYMOVE);
     if ctx.is_thinram() {
         fails("mremap to a larger length", grown, Errno::EFAULT)?;
+        let kept = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
+        let moved = guest.map.remap(4 * PAGE, kept);
+        fails("mremap that keeps the old range", moved, Errno::EINVAL)?;
         eq("pages mapped", guest.map.pages(), 4)?;
         guest.holds(0, 4, 1)?;
         // A VMM maps anew instead.
@@ -479,8 +482,13 @@ fn remove(ctx: &Ctx) -> Result<()> {
     )
 }
 
+// In libc not yet.
+const GUARD_INSTALL: i32 = 102;
+const GUARD_REMOVE: i32 = 103;
+
 /// Advices with what ThinRAM and tmpfs answer; `None` is success.
-const ADVICES: [(&str, i32, Option<Errno>, Option<Errno>); 18] = [
+const ADVICES: [(&str, i32, Option<Errno>, Option<Errno>); 19] = [
+    ("MADV_GUARD_REMOVE", GUARD_REMOVE, Some(Errno::EINVAL), None),
     ("MADV_NORMAL", libc::MADV_NORMAL, None, None),
     ("MADV_RANDOM", libc::MADV_RANDOM, None, None),
     ("MADV_SEQUENTIAL", libc::MADV_SEQUENTIAL, None, None),
@@ -532,6 +540,11 @@ fn advice(ctx: &Ctx) -> Result<()> {
         }
         guest.holds(0, 16, 1).context(name)?;
         guest.fill(3, 5, 1);
+    }
+    if ctx.is_thinram() {
+        let guard = guest.map.advise(0, PAGE, GUARD_INSTALL);
+        fails("MADV_GUARD_INSTALL", guard, Errno::EINVAL)?;
+        guest.holds(0, 16, 1)?;
     }
     ctx.expect_used("after the advices", &mount, "web", 64)?;
     // Populating makes writable memory of what was never touched.

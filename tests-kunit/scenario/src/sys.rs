@@ -7,11 +7,11 @@ pub mod rdma;
 pub mod vfio;
 
 use std::ffi::{c_int, c_void, CString};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
 use std::process;
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
-use nix::sys::signal::{kill, Signal};
+use nix::sys::signal::{kill, SigHandler, Signal};
 use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 
@@ -471,6 +471,63 @@ pub fn set_xattr(file: impl AsFd, name: &str, value: &[u8]) -> nix::Result<()> {
         )
     })
     .map(drop)
+}
+
+/// Has a signal do nothing to this process.
+pub fn ignore(signal: Signal) -> nix::Result<()> {
+    // SAFETY: No handler runs.
+    unsafe { nix::sys::signal::signal(signal, SigHandler::SigIgn) }.map(drop)
+}
+
+/// Asks for a lease of this kind, or gives it back (F_SETLEASE).
+pub fn lease(file: &File, kind: c_int) -> nix::Result<()> {
+    // SAFETY: No memory is passed.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) };
+    Errno::result(done).map(drop)
+}
+
+/// Opens for writing, without waiting for a lease to end.
+pub fn open_now(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+}
+
+/// Forbids to shrink a file for good (F_ADD_SEALS).
+pub fn seal(file: &File) -> nix::Result<()> {
+    // SAFETY: No memory is passed.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
+    Errno::result(done).map(drop)
+}
+
+/// Asks for a file's handle, as NFS servers do.
+pub fn file_handle(path: &Path) -> nix::Result<()> {
+    // Its room in bytes and its type, and the room.
+    let mut handle = [0u32; 2 + 32];
+    handle[0] = 128;
+    let mut mount = 0;
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: The path ends with a zero, and the handle has the room that it says.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            handle.as_mut_ptr(),
+            &raw mut mount as *mut c_int,
+            0,
+        )
+    };
+    Errno::result(done).map(drop)
+}
+
+/// A file's flags, as lsattr shows them.
+pub fn inode_flags(file: &File) -> nix::Result<libc::c_long> {
+    let mut flags: libc::c_long = 0;
+    // SAFETY: The kernel writes an int, for which there is room.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_GETFLAGS, &raw mut flags) };
+    Errno::result(done).map(|_| flags)
 }
 
 /// `renameat2` with flags.
