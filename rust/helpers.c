@@ -597,7 +597,7 @@ static const struct fs_parameter_spec thinram_parameters[] = {
 	fsparam_gid("gid", OPT_GID),
 	fsparam_string("domain", OPT_DOMAIN),
 	fsparam_bool("share", OPT_SHARE),
-	fsparam_u64("scan_pages_per_sec", OPT_SCAN_PAGES),
+	fsparam_string("scan_pages_per_sec", OPT_SCAN_PAGES),
 	fsparam_string("large_pages", OPT_LARGE_PAGES),
 	fsparam_string("swap_dir", OPT_SWAP_DIR),
 	{}
@@ -612,11 +612,6 @@ int thinram_fs_parse(struct fs_context *fc, struct fs_parameter *param,
 u32 thinram_result_u32(const struct fs_parse_result *result)
 {
 	return result->uint_32;
-}
-
-u64 thinram_result_u64(const struct fs_parse_result *result)
-{
-	return result->uint_64;
 }
 
 bool thinram_result_bool(const struct fs_parse_result *result)

@@ -115,7 +115,6 @@ void thinram_fc_setup(struct fs_context *fc, void *options);
 int thinram_fs_parse(struct fs_context *fc, struct fs_parameter *param,
 		     struct fs_parse_result *result);
 u32 thinram_result_u32(const struct fs_parse_result *result);
-u64 thinram_result_u64(const struct fs_parse_result *result);
 bool thinram_result_bool(const struct fs_parse_result *result);
 kuid_t thinram_result_uid(const struct fs_parse_result *result);
 kgid_t thinram_result_gid(const struct fs_parse_result *result);

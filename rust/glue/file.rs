@@ -78,7 +78,14 @@ impl<'a> Open<'a> {
         if size_now != old_size && end % PAGE != 0 {
             data::zero_bytes(self.backing, end / PAGE, end % PAGE, PAGE)?;
         }
-        mount.resize(old, new)?;
+        mount.resize(old, new).inspect_err(|_| {
+            if task::may_log() {
+                let (limit, used) = mount.usage();
+                let kb = |pages: u64| pages.saturating_mul(PAGE / 1024);
+                let (limit, used, more) = (kb(limit), kb(used), kb(new.saturating_sub(old)));
+                pr_warn!("{more} KiB more were refused: of size={limit}k, {used} are taken\n");
+            }
+        })?;
         if size_now < old_size {
             // SAFETY: The inode lock is held.
             unsafe { bindings::thinram_i_size_write(self.inode, size) };

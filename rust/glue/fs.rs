@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     engine::{backing::Backing, data, vm::Vm},
-    logic::tunables,
+    logic::tunables::{self, Shown, Takes},
     sys::{bindings, mapping::MappingSource, task},
 };
 use core::ptr::NonNull;
@@ -44,7 +44,8 @@ fn check_vm_name(name: &[u8]) -> Result {
         return Ok(());
     }
     if task::may_log() {
-        pr_warn!("a VM's name must be UTF-8 without control characters and newline\n");
+        let (name, takes) = (Shown(name), Takes("domain"));
+        pr_warn!("`{name}` is no name for a VM: that is {takes}\n");
     }
     Err(EINVAL)
 }
@@ -143,7 +144,8 @@ unsafe fn new_file(dir: Inode, mode: u16, name: &[u8]) -> Result<Inode> {
             Err(error) => {
                 bindings::iput(inode);
                 if error == EEXIST && task::may_log() {
-                    pr_warn!("a VM of that name is there already (names count over all mounts)\n");
+                    let name = Shown(vm_name);
+                    pr_warn!("a VM `{name}` is there already (names count over all mounts)\n");
                 }
                 return Err(error);
             }
@@ -379,6 +381,10 @@ unsafe extern "C" fn thinram_rs_setattr(
         let inode = (*dentry).d_inode;
         let error = bindings::setattr_prepare(idmap, dentry, attr);
         if error != 0 {
+            if error == EFBIG.to_errno() && task::may_log() {
+                let size = (*attr).ia_size;
+                pr_warn!("a file of {size} bytes was refused: 8 TiB at most, or RLIMIT_FSIZE\n");
+            }
             return error;
         }
         if (*attr).ia_valid & bindings::ATTR_SIZE != 0 {

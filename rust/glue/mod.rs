@@ -12,7 +12,20 @@ pub(crate) mod shrinker;
 pub(crate) mod sysfs;
 pub(crate) mod vm_ops;
 
+use crate::logic::tunables::{Shown, Takes};
 use kernel::{error::Error, ffi::c_int};
+
+/// The kernel crate's `fmt!` and `pr_*!` take its own trait.
+macro_rules! show_as_in_core {
+    ($($type:ty),*) => {
+        $(impl kernel::fmt::Display for $type {
+            fn fmt(&self, out: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
+                core::fmt::Display::fmt(self, out)
+            }
+        })*
+    };
+}
+show_as_in_core!(Shown<'_>, Takes<'_>);
 
 /// A result as the kernel's C wants it.
 fn errno<T>(result: Result<T, Error>) -> c_int {

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     engine::{backing::PAGE, host::Host, vm::VmDefaults},
-    logic::tunables::{self, LargePages},
+    logic::tunables::{self, Knob, LargePages, Shown, Takes},
     sys::{bindings, swapio::SwapDir},
 };
 use core::ptr::NonNull;
@@ -72,10 +72,18 @@ struct Options {
     swap_dir: Option<Arc<SwapDir>>,
 }
 
-fn refuse(fc: *mut bindings::fs_context, why: &CStr) -> Error {
-    // SAFETY: The context is the kernel's and alive.
-    unsafe { bindings::thinram_fc_error(fc, why.as_char_ptr()) };
+fn refuse(fc: *mut bindings::fs_context, why: kernel::fmt::Arguments<'_>) -> Error {
+    if let Ok(why) = CString::try_from_fmt(why) {
+        // SAFETY: The context is the kernel's and alive.
+        unsafe { bindings::thinram_fc_error(fc, why.as_char_ptr()) };
+    }
     EINVAL
+}
+
+/// Refuses the value of an option.
+fn refuse_value(fc: *mut bindings::fs_context, option: &str, value: &[u8]) -> Error {
+    let (value, takes) = (Shown(value), Takes(option));
+    refuse(fc, fmt!("{option}={value}: it takes {takes}"))
 }
 
 /// # Safety
@@ -161,46 +169,40 @@ unsafe fn parse(
     unsafe {
         match opt {
             OPT_SIZE => {
-                let bytes = tunables::parse_size(text).map_err(|_| {
-                    refuse(
-                        fc,
-                        c"size= takes bytes, or a number with k, m, g or t; 0 = no limit",
-                    )
-                })?;
+                let bytes =
+                    tunables::parse_size(text).map_err(|_| refuse_value(fc, "size", text))?;
                 options.size_pages = Some(bytes.div_ceil(PAGE));
             }
             OPT_MODE => match u16::try_from(bindings::thinram_result_u32(value)) {
                 Ok(mode) if mode <= 0o777 => options.mode = Some(mode),
-                _ => return Err(refuse(fc, c"mode= takes an octal number up to 0777")),
+                _ => return Err(refuse_value(fc, "mode", text)),
             },
             OPT_UID => options.uid = Some(bindings::thinram_result_uid(value)),
             OPT_GID => options.gid = Some(bindings::thinram_result_gid(value)),
             OPT_DOMAIN => {
-                let name = tunables::parse_name(text).map_err(|_| {
-                    refuse(
-                        fc,
-                        c"domain= takes 1 to 255 bytes of UTF-8 without control characters",
-                    )
-                })?;
+                let name =
+                    tunables::parse_name(text).map_err(|_| refuse_value(fc, "domain", text))?;
                 let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
                 owned.extend_from_slice(name.as_bytes(), GFP_KERNEL)?;
                 options.domain = Some(owned);
             }
             OPT_SHARE => options.share = Some(bindings::thinram_result_bool(value)),
             OPT_SCAN_PAGES => {
-                options.scan_pages_per_sec = Some(bindings::thinram_result_u64(value));
+                let name = "scan_pages_per_sec";
+                let pages = Knob::find_vm(name)
+                    .and_then(|knob| knob.parse(text).ok())
+                    .ok_or_else(|| refuse_value(fc, name, text))?;
+                options.scan_pages_per_sec = Some(pages);
             }
             OPT_LARGE_PAGES => {
-                let word = LargePages::parse(text)
-                    .map_err(|_| refuse(fc, c"large_pages= takes never or always"))?;
+                let word =
+                    LargePages::parse(text).map_err(|_| refuse_value(fc, "large_pages", text))?;
                 options.large_pages = Some(word);
             }
             OPT_SWAP_DIR => {
                 let dir = SwapDir::open(text).inspect_err(|&error| {
-                    let why = super::sysfs::swap_dir_error(error);
-                    if let Ok(why) = CString::try_from_fmt(fmt!("swap_dir=: {why}")) {
-                        refuse(fc, &why);
-                    }
+                    let (dir, why) = (Shown(text), super::sysfs::swap_dir_error(error));
+                    refuse(fc, fmt!("swap_dir={dir}: {why}"));
                 })?;
                 options.swap_dir = Some(Arc::new(dir, GFP_KERNEL)?);
             }
@@ -243,7 +245,8 @@ unsafe fn fill(sb: *mut bindings::super_block, options: &mut Options) -> Result 
     };
     let mode = options.mode.unwrap_or(0o700);
     let limit = options.size_pages.unwrap_or(0);
-    let mount = Mount::new(host, options.domain.take(), defaults, mode, limit)?;
+    let owner = (options.uid, options.gid);
+    let mount = Mount::new(host, options.domain.take(), defaults, mode, owner, limit)?;
     // SAFETY: The superblock is ours alone; kill_sb takes the Arc back.
     unsafe {
         (*sb).s_fs_info = mount.into_raw().cast_mut().cast();
@@ -290,17 +293,27 @@ fn remount(
     if !same_domain {
         return Err(refuse(
             fc,
-            c"domain= cannot change on remount: write vms/NAME/domain instead",
+            fmt!("domain= cannot change on remount: write vms/NAME/domain instead"),
         ));
     }
-    if options.uid.is_some() || options.gid.is_some() {
+    let (uid, gid) = mount.owner;
+    let same_owner = options
+        .uid
+        .is_none_or(|new| uid.is_some_and(|old| old.val == new.val))
+        && options
+            .gid
+            .is_none_or(|new| gid.is_some_and(|old| old.val == new.val));
+    if !same_owner {
         return Err(refuse(
             fc,
-            c"uid= and gid= cannot change on remount: use chown",
+            fmt!("uid= and gid= cannot change on remount: use chown"),
         ));
     }
     if options.mode.is_some_and(|mode| mode != mount.mode) {
-        return Err(refuse(fc, c"mode= cannot change on remount: use chmod"));
+        return Err(refuse(
+            fc,
+            fmt!("mode= cannot change on remount: use chmod"),
+        ));
     }
     if options
         .share
@@ -316,13 +329,15 @@ fn remount(
     {
         return Err(refuse(
             fc,
-            c"defaults for VMs cannot change on remount: write vms/NAME/...",
+            fmt!("defaults for VMs cannot change on remount: write vms/NAME/..."),
         ));
     }
     if let Some(pages) = options.size_pages {
-        mount
-            .set_limit(pages)
-            .map_err(|_| refuse(fc, c"size= is less than the files have"))?;
+        mount.set_limit(pages).map_err(|_| {
+            let kb = |pages: u64| pages.saturating_mul(PAGE / 1024);
+            let (new, used) = (kb(pages), kb(mount.usage().1));
+            refuse(fc, fmt!("size={new}k is less than the files have: {used}k"))
+        })?;
     }
     Ok(())
 }
@@ -400,6 +415,12 @@ unsafe extern "C" fn thinram_rs_show_options(
         kernel::seq_print!(out, ",size={}k", limit.saturating_mul(PAGE / 1024));
     }
     kernel::seq_print!(out, ",mode={:04o}", mount.mode);
+    if let Some(uid) = mount.owner.0 {
+        kernel::seq_print!(out, ",uid={}", uid.val);
+    }
+    if let Some(gid) = mount.owner.1 {
+        kernel::seq_print!(out, ",gid={}", gid.val);
+    }
     if let Some(domain) = &mount.domain {
         // SAFETY: The kernel's seq_file.
         unsafe { show_text(seq, c"domain", domain) };

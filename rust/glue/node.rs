@@ -17,6 +17,9 @@ use kernel::{
     sync::{Arc, ArcBorrow, Mutex},
 };
 
+/// `uid=` and `gid=` of a mount.
+pub(crate) type Owner = (Option<bindings::kuid_t>, Option<bindings::kgid_t>);
+
 /// One mount: the trust boundary.
 pub(crate) struct Mount {
     /// The host.
@@ -25,8 +28,10 @@ pub(crate) struct Mount {
     pub(crate) domain: Option<KVec<u8>>,
     /// For new VMs.
     pub(crate) defaults: VmDefaults,
-    /// Owner and mode of the root, for /proc/mounts.
+    /// Mode of the root, as it was mounted.
     pub(crate) mode: u16,
+    /// Its owner and group, where they were given.
+    pub(crate) owner: Owner,
     /// Pages that all files may have together, 0 = no limit.
     limit_pages: AtomicU64,
     /// Pages that they have.
@@ -40,6 +45,7 @@ impl Mount {
         domain: Option<KVec<u8>>,
         defaults: VmDefaults,
         mode: u16,
+        owner: Owner,
         limit_pages: u64,
     ) -> Result<Arc<Mount>> {
         let (limit_pages, used_pages) = (AtomicU64::new(limit_pages), AtomicU64::new(0));
@@ -48,6 +54,7 @@ impl Mount {
             domain,
             defaults,
             mode,
+            owner,
             limit_pages,
             used_pages,
         };

@@ -12,12 +12,12 @@ use crate::{
         counts::pages_to_kb,
         huge::Refusal,
         state::HostState,
-        tunables::{self, BadValue, Knob, LargePages, RunMode, ShareScope},
+        tunables::{self, BadValue, Knob, LargePages, RunMode, ShareScope, Shown, Takes},
     },
     sys::{
         bindings,
         kobj::{self, Attribute, Attributes, Directory, Page, Parent},
-        memory,
+        memory, task,
     },
 };
 use core::{
@@ -28,6 +28,7 @@ use kernel::{ffi::c_char, prelude::*, sync::Arc};
 
 /// One file of a directory for `T`.
 struct File<T> {
+    name: &'static str,
     show: fn(&T, &mut Page<'_>) -> Result,
     store: Option<fn(&T, &[u8]) -> Result>,
 }
@@ -44,6 +45,41 @@ fn knob(name: &str, bytes: &[u8]) -> Result<u64> {
         .ok_or(EINVAL)?
         .parse(bytes)
         .map_err(refused)
+}
+
+fn vm_knob(name: &str, bytes: &[u8]) -> Result<u64> {
+    Knob::find_vm(name)
+        .ok_or(EINVAL)?
+        .parse(bytes)
+        .map_err(refused)
+}
+
+impl<T> File<T> {
+    fn store(&self, owner: &T, value: &[u8]) -> Result {
+        self.store.ok_or(EPERM)?(owner, value)
+    }
+
+    /// One line in the log about a value that was refused; `vm` is empty for the host's files.
+    fn log_refusal(&self, vm: &[u8], value: &[u8], error: Error) {
+        // Who was killed, or whose VM went, knows.
+        if matches!(error, EINTR | ENODEV) || !task::may_log() {
+            return;
+        }
+        let (name, value, vm) = (self.name, Shown(value), Shown(vm));
+        let slash = if vm.0.is_empty() { "" } else { "/" };
+        match error {
+            _ if name == "swap_dir" => {
+                let why = swap_dir_error(error);
+                pr_warn!("{vm}{slash}{name}: `{value}` was refused: {why}\n");
+            }
+            EINVAL | ERANGE => {
+                let takes = Takes(name);
+                pr_warn!("{vm}{slash}{name}: `{value}` was refused: it takes {takes}\n");
+            }
+            ENOMEM => pr_warn!("{vm}{slash}{name}: no memory for what `{value}` needs\n"),
+            _ => pr_warn!("{vm}{slash}{name}: `{value}` was refused: {error:?}\n"),
+        }
+    }
 }
 
 fn line(page: &mut Page<'_>, value: impl core::fmt::Display) -> Result {
@@ -68,7 +104,7 @@ macro_rules! files {
             )),*
         ];
         static $files: &[File<$owner>] =
-            &[$(File { show: $show, store: files!(@store $($store)?) }),*];
+            &[$(File { name: $name, show: $show, store: files!(@store $($store)?) }),*];
     };
     (@writable $store:expr) => { true };
     (@writable) => { false };
@@ -156,18 +192,7 @@ files! {
             }
             page.push(b"\n")
         },
-        |h, bytes| {
-            let name = tunables::without_newline(bytes);
-            let set = h.0.set_swap_dir(name);
-            if let Err(error) = set {
-                pr_warn!(
-                    "swap_dir {}: {}\n",
-                    core::str::from_utf8(name).unwrap_or("?"),
-                    swap_dir_error(error)
-                );
-            }
-            set
-        };
+        |h, bytes| h.0.set_swap_dir(tunables::without_newline(bytes));
     "idle_tax_percent": |h, page| line(page, load(&h.0.knobs.idle_tax_percent)),
         number!("idle_tax_percent", idle_tax_percent, reclaimer_bell);
     "active_sample_pages": |h, page| line(page, load(&h.0.knobs.active_sample_pages)),
@@ -319,10 +344,9 @@ impl Attributes for HostFiles {
         (HOST_FILES.get(index).ok_or(EIO)?.show)(self, out)
     }
     fn store(&self, index: usize, data: &[u8]) -> Result {
-        (HOST_FILES
-            .get(index)
-            .and_then(|file| file.store)
-            .ok_or(EPERM)?)(self, data)
+        let file = HOST_FILES.get(index).ok_or(EIO)?;
+        file.store(self, data)
+            .inspect_err(|&error| file.log_refusal(b"", data, error))
     }
 }
 
@@ -330,7 +354,7 @@ files! {
     VM_ATTRIBUTES, VM_FILES: Vm;
     "share": |vm, page| line(page, u8::from(vm.shares())),
         |vm, bytes| {
-            let share = tunables::parse_u64(bytes, 0, 1).map_err(refused)? != 0;
+            let share = vm_knob("share", bytes)? != 0;
             change(vm, |host, vm| host.regroup(&Change::Share(vm, share)))
         };
     "domain": |vm, page| {
@@ -352,7 +376,7 @@ files! {
         };
     "scan_pages_per_sec": |vm, page| line(page, load(&vm.scan_pages_per_sec)),
         |vm, bytes| {
-            let value = knob("scan_pages_per_sec", bytes)?;
+            let value = vm_knob("scan_pages_per_sec", bytes)?;
             vm.scan_pages_per_sec.store(value, Ordering::Relaxed);
             change(vm, |host, _| { host.scanner_bell.ring(); Ok(()) })
         };
@@ -360,31 +384,31 @@ files! {
         |vm, bytes| {
             vm.set_large_pages(match tunables::without_newline(bytes) {
                 b"" => None,
-                word => Some(LargePages::parse(word).map_err(refused)?),
+                _ => Some(LargePages::parse(bytes).map_err(refused)?),
             });
             Ok(())
         };
     "shares": |vm, page| line(page, load(&vm.claims.shares)),
         |vm, bytes| {
-            let shares = tunables::parse_u64(bytes, 1, tunables::SHARES_MAX).map_err(refused)?;
+            let shares = vm_knob("shares", bytes)?;
             vm.claims.shares.store(shares, Ordering::Relaxed);
             Ok(())
         };
     "reservation_kb": |vm, page| line(page, load(&vm.claims.reservation_kb)),
         |vm, bytes| {
-            let kb = tunables::parse_u64(bytes, 0, tunables::KB_MAX).map_err(refused)?;
+            let kb = vm_knob("reservation_kb", bytes)?;
             vm.claims.reservation_kb.store(kb, Ordering::Relaxed);
             Ok(())
         };
     "limit_kb": |vm, page| line(page, load(&vm.claims.limit_kb)),
         |vm, bytes| {
-            let kb = tunables::parse_u64(bytes, 0, tunables::KB_MAX).map_err(refused)?;
+            let kb = vm_knob("limit_kb", bytes)?;
             vm.claims.limit_kb.store(kb, Ordering::Relaxed);
             change(vm, |host, vm| { host.try_vm_anew(vm); Ok(()) })
         };
     "compress_max_percent": |vm, page| line(page, load(&vm.claims.compress_max_percent)),
         |vm, bytes| {
-            let value = knob("compress_max_percent", bytes)?;
+            let value = vm_knob("compress_max_percent", bytes)?;
             change(vm, |host, vm| host.set_vm_compress_max_percent(vm, value))
         };
     "size_kb": |vm, page| line(page, vm.snapshot().pages.size_kb());
@@ -457,10 +481,10 @@ impl Attributes for Vm {
         (VM_FILES.get(index).ok_or(EIO)?.show)(self, out)
     }
     fn store(&self, index: usize, data: &[u8]) -> Result {
-        (VM_FILES
-            .get(index)
-            .and_then(|file| file.store)
-            .ok_or(EPERM)?)(self, data)
+        let file = VM_FILES.get(index).ok_or(EIO)?;
+        file.store(self, data).inspect_err(|&error| {
+            self.with_name(|name| file.log_refusal(name, data, error));
+        })
     }
 }
 

@@ -2,6 +2,8 @@
 
 //! What users write into sysfs and mount options, and the bounds of the host's numbers.
 
+use core::fmt::{self, Write};
+
 /// Why a value is not taken.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum BadValue {
@@ -54,6 +56,68 @@ pub fn parse_word(bytes: &[u8], words: &[&str]) -> Result<usize, BadValue> {
         .iter()
         .position(|known| known.as_bytes() == word)
         .ok_or(BadValue::Invalid)
+}
+
+/// A text that somebody gave, on one line of a log: what is no printable UTF-8 escaped, and no more
+/// than its beginning.
+pub struct Shown<'a>(pub &'a [u8]);
+
+impl Shown<'_> {
+    /// As much as is shown, in characters.
+    const LENGTH: usize = 64;
+}
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut left = Self::LENGTH;
+        for chunk in without_newline(self.0).utf8_chunks() {
+            for letter in chunk.valid().chars() {
+                left = match left.checked_sub(1) {
+                    Some(left) => left,
+                    None => return out.write_str("..."),
+                };
+                if letter.is_control() {
+                    write!(out, "{}", letter.escape_default())?;
+                } else {
+                    out.write_char(letter)?;
+                }
+            }
+            for byte in chunk.invalid() {
+                write!(out, "\\x{byte:02x}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a file in sysfs or a mount option takes, in words for whoever gave it something else.
+pub struct Takes<'a>(pub &'a str);
+
+impl fmt::Display for Takes<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            "share_scope" => Self::words(out, &ShareScope::WORDS),
+            "large_pages" => Self::words(out, &LargePages::WORDS),
+            "size" => out.write_str("bytes, or a number with k, m, g or t; 0 = no limit"),
+            "mode" => out.write_str("an octal number up to 0777"),
+            "domain" => out.write_str(
+                "1 to 255 bytes of UTF-8 without control characters and /, neither . nor ..",
+            ),
+            name => match Knob::find(name).or_else(|| Knob::find_vm(name)) {
+                Some(knob) => write!(out, "a number from {} to {}", knob.min, knob.max),
+                None => out.write_str("something else"),
+            },
+        }
+    }
+}
+
+impl Takes<'_> {
+    fn words(out: &mut fmt::Formatter<'_>, words: &[&str]) -> fmt::Result {
+        for (i, word) in words.iter().enumerate() {
+            write!(out, "{}{word}", if i == 0 { "" } else { " or " })?;
+        }
+        Ok(())
+    }
 }
 
 /// Longest name of a VM or a domain, in bytes.
@@ -158,7 +222,7 @@ impl RunMode {
     }
 }
 
-/// One of the host's numbers.
+/// A number of the host's or of a VM's.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Knob {
     /// Name of the file.
@@ -167,7 +231,7 @@ pub struct Knob {
     pub min: u64,
     /// Largest value.
     pub max: u64,
-    /// Value after the module was loaded.
+    /// Value after the module was loaded, or the VM made.
     pub default: u64,
 }
 
@@ -193,6 +257,11 @@ impl Knob {
     /// The knob of that name.
     pub fn find(name: &str) -> Option<&'static Knob> {
         KNOBS.iter().find(|knob| knob.name == name)
+    }
+
+    /// The VM's knob of that name.
+    pub fn find_vm(name: &str) -> Option<&'static Knob> {
+        VM_KNOBS.iter().find(|knob| knob.name == name)
     }
 }
 
@@ -221,6 +290,16 @@ pub const KNOBS: &[Knob] = &[
     Knob::new("minfree_kb", 0, KB_MAX, 0),
     Knob::new("active_sample_pages", 0, 1 << 20, 100),
     Knob::new("active_sample_period_secs", 1, 86_400, 30),
+];
+
+/// A VM's numbers; 0 means "none", and of `compress_max_percent` the host's.
+pub const VM_KNOBS: &[Knob] = &[
+    Knob::new("share", 0, 1, 1),
+    Knob::new("scan_pages_per_sec", 0, u64::MAX, 0),
+    Knob::new("shares", 1, SHARES_MAX, 1000),
+    Knob::new("reservation_kb", 0, KB_MAX, 0),
+    Knob::new("limit_kb", 0, KB_MAX, 0),
+    Knob::new("compress_max_percent", 0, 100, 0),
 ];
 
 #[cfg(test)]
@@ -345,8 +424,11 @@ mod tests {
     #[test]
     fn knobs_take_their_bounds_and_defaults() {
         let mut seen = HashSet::new();
-        for knob in KNOBS {
-            assert!(seen.insert(knob.name), "{} twice", knob.name);
+        let host = KNOBS.iter().map(|knob| (knob, Knob::find(knob.name)));
+        let vm = VM_KNOBS.iter().map(|knob| (knob, Knob::find_vm(knob.name)));
+        for (i, (knob, found)) in host.chain(vm).enumerate() {
+            let of_vm = i >= KNOBS.len();
+            assert!(seen.insert((of_vm, knob.name)), "{} twice", knob.name);
             for value in [knob.min, knob.default, knob.max] {
                 assert_eq!(knob.parse(std::format!("{value}\n").as_bytes()), Ok(value));
             }
@@ -362,12 +444,39 @@ mod tests {
                     Err(BadValue::Range)
                 );
             }
-            assert_eq!(Knob::find(knob.name), Some(knob));
+            assert_eq!(found, Some(knob));
         }
         assert_eq!(Knob::find("swap_dir"), None);
+        assert_eq!(Knob::find_vm("run"), None);
+    }
+
+    #[test]
+    fn refusals_in_words() {
+        let shown = |bytes: &[u8]| Shown(bytes).to_string();
+        assert_eq!(shown(b"1.5G\n"), "1.5G");
+        assert_eq!(shown("größe".as_bytes()), "größe");
+        assert_eq!(shown(b"a\nb\x1b[31m\n\n"), "a\\nb\\u{1b}[31m\\n");
+        assert_eq!(shown(b"\xffa\xc3"), "\\xffa\\xc3");
+        assert_eq!(shown(&[b'n'; 64]), "n".repeat(64));
+        assert_eq!(shown(&[b'n'; 4000]), "n".repeat(64) + "...");
+        let takes = |name: &str| Takes(name).to_string();
+        assert_eq!(takes("run"), "a number from 0 to 2");
+        assert_eq!(takes("shares"), "a number from 1 to 4294967295");
+        assert_eq!(takes("share_scope"), "vm or domain or host");
+        assert_eq!(takes("large_pages"), "never or always");
+        for knob in KNOBS.iter().chain(VM_KNOBS) {
+            assert!(takes(knob.name).starts_with("a number"), "{}", knob.name);
+        }
     }
 
     proptest! {
+        #[test]
+        fn a_refusal_is_one_short_line(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let line = Shown(&bytes).to_string();
+            prop_assert!(!line.contains(char::is_control), "{line:?}");
+            prop_assert!(line.chars().count() <= 4 * bytes.len() + 16);
+        }
+
         #[test]
         fn no_bytes_do_harm(bytes in prop::collection::vec(any::<u8>(), 0..300), min: u64, max: u64) {
             if let Ok(value) = parse_u64(&bytes, min, max) {

@@ -22,6 +22,7 @@ mod host;
 mod huge;
 mod inject;
 mod ksm;
+mod log;
 mod mapping;
 mod mounts;
 mod names;

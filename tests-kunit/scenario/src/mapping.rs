@@ -20,6 +20,7 @@ use crate::check::{bytes_are, eq, fails, page_is, skip, that};
 use crate::content::{self, page_bytes, pages_bytes};
 use crate::ctx::{Ctx, Guest};
 use crate::harness::Case;
+use crate::log::is_logged;
 use crate::sys::{self, LoopDisk, Map, PAGE, R, RW, WORDS};
 
 /// The table of cases.
@@ -158,28 +159,10 @@ fn private(ctx: &Ctx) -> Result<()> {
     }
     guest.holds(0, 4, 1)?;
     ctx.expect_used("after the refusals", &mount, "web", 16)?;
-    let mut log = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open("/dev/kmsg")
-        .context("open /dev/kmsg")?;
-    let mut record = vec![0; 8192];
-    loop {
-        match log.read(&mut record) {
-            Ok(n) => {
-                let line = String::from_utf8_lossy(&record[..n]);
-                if line.contains("thinram") && line.contains("share=on") {
-                    return Ok(());
-                }
-            }
-            // Records were overwritten meanwhile: go on with the oldest there is.
-            Err(e) if e.raw_os_error() == Some(libc::EPIPE) => {}
-            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {
-                bail!("expected a kernel log line of thinram that says share=on, seen none")
-            }
-            Err(e) => return Err(e).context("read /dev/kmsg"),
-        }
-    }
+    is_logged(ctx, &["share=on"], || {
+        let map = Map::with_flags(&ro, 0, PAGE, R, libc::MAP_PRIVATE);
+        fails("MAP_PRIVATE", map, Errno::EINVAL)
+    })
 }
 
 fn read_only(ctx: &Ctx) -> Result<()> {

@@ -13,8 +13,10 @@ use crate::check::{eq, fails, fails_any, page_is, skip, that};
 use crate::content;
 use crate::ctx::Ctx;
 use crate::harness::Case;
+use crate::log::is_logged;
 use crate::names::new_file;
 use crate::sys::{self, Map, PAGE, RW};
+use crate::sysfs::Node;
 
 /// The table of cases.
 pub const CASES: &[Case] = &[
@@ -54,6 +56,11 @@ pub const CASES: &[Case] = &[
         busy,
     ),
     Case::thinram(
+        "fs/refusals-logged",
+        "what is refused is a line in the log: what, which value, what is right",
+        refusals_logged,
+    ),
+    Case::thinram(
         "fs/second-insmod",
         "a second insmod is refused",
         second_insmod,
@@ -86,7 +93,13 @@ fn mount_options(ctx: &Ctx) -> Result<()> {
         .and_then(|fields| fields.get(3).map(|s| s.to_string()))
         .with_context(|| format!("{path} is not in /proc/self/mounts"))?;
     let wanted = if ctx.is_thinram() {
-        vec!["size=4096k", "mode=0751", "domain=lab"]
+        vec![
+            "size=4096k",
+            "mode=0751",
+            "uid=1001",
+            "gid=1002",
+            "domain=lab",
+        ]
     } else {
         vec!["size=4096k", "mode=751", "uid=1001", "gid=1002"]
     };
@@ -101,6 +114,9 @@ fn mount_options(ctx: &Ctx) -> Result<()> {
         ("size=65536k", 64u64 << 20),
         ("size=1048576", 1 << 20),
         ("size=1G", 1 << 30),
+        ("size=1", PAGE as u64),
+        ("size=4097", 2 * PAGE as u64),
+        ("size=1G,size=2M", 2 << 20),
     ] {
         let mount = ctx.mount("m", text)?;
         let stat = nix::sys::statfs::statfs(&mount.path)?;
@@ -126,6 +142,19 @@ fn mount_bad(ctx: &Ctx) -> Result<()> {
     ];
     if ctx.is_thinram() {
         bad.extend(["domain=", "domain", "size=99999999999999999999", "size=0x"]);
+        bad.extend([
+            "size=1.5G",
+            "mode=1777",
+            "domain=..",
+            "domain=a/b",
+            "share=2",
+        ]);
+        bad.extend([
+            "large_pages=maybe",
+            "swap_dir=here",
+            "scan_pages_per_sec=0x10",
+        ]);
+        bad.extend(["scan_pages_per_sec=+5", "scan_pages_per_sec=1k"]);
     }
     for options in bad {
         fails(
@@ -190,16 +219,24 @@ fn domains(ctx: &Ctx) -> Result<()> {
 }
 
 fn remount(ctx: &Ctx) -> Result<()> {
-    let mount = ctx.mount("m", "size=4M,mode=0755")?;
+    let mounted = "mode=0755,uid=1001,gid=1002";
+    let mount = ctx.mount("m", &format!("size=4M,{mounted}"))?;
     let size = || -> Result<u64> {
         let stat = nix::sys::statfs::statfs(&mount.path)?;
         Ok(stat.blocks() * stat.block_size() as u64)
     };
     let guest = mount.guest("web", 512)?;
     guest.fill(0, 512, 1);
+    // mount(8) repeats what fstab says.
     mount
-        .remount(MsFlags::empty(), "size=16M")
+        .remount(MsFlags::empty(), &format!("size=16M,{mounted}"))
         .context("remount to a larger size")?;
+    if ctx.is_thinram() {
+        for other in ["uid=1003", "gid=1003", "mode=0700", "domain=x", "share=0"] {
+            let done = mount.remount(MsFlags::empty(), &format!("size=8M,{other}"));
+            fails(other, done, Errno::EINVAL)?;
+        }
+    }
     eq("size", size()?, 16 << 20)?;
     fails(
         "a size below what is used",
@@ -254,6 +291,106 @@ fn busy(ctx: &Ctx) -> Result<()> {
         ctx.until_no_vm()?;
     }
     Ok(())
+}
+
+fn refusals_logged(ctx: &Ctx) -> Result<()> {
+    // The log shows a backslash as \x5c.
+    for (options, says) in [
+        ("size=1.5G", "size=1.5G: it takes bytes"),
+        ("mode=1777", "mode=1777: it takes an octal"),
+        ("domain=a/b", "domain=a/b: it takes 1 to 255"),
+        ("large_pages=no", "large_pages=no: it takes never or always"),
+        (
+            "scan_pages_per_sec=1k",
+            "scan_pages_per_sec=1k: it takes a number",
+        ),
+        ("swap_dir=/none", "swap_dir=/none: there is no such"),
+        ("nonsense=1", "Unknown parameter 'nonsense'"),
+    ] {
+        is_logged(ctx, &[says], || {
+            let mounted = ctx.try_mount("m", options)?.map(drop);
+            fails_any(options, mounted, &[Errno::EINVAL, Errno::ENOENT])
+        })?;
+    }
+    let mount = ctx.mount("m", "size=1M")?;
+    let file = mount.file("web", "ram", 2)?;
+    is_logged(ctx, &["1028 KiB more", "size=1024k, 8 are"], || {
+        let done = file.set_len((1 << 20) + PAGE as u64 * 3);
+        fails("more than size=", done, Errno::ENOSPC)
+    })?;
+    is_logged(ctx, &["a file of 9223372036854775807 bytes"], || {
+        fails("2^63 - 1", file.set_len(i64::MAX as u64), Errno::EFBIG)
+    })?;
+    is_logged(ctx, &["`a\\x5cnb` is no name for a VM"], || {
+        fails("mkdir", fs::create_dir(mount.at("a\nb")), Errno::EINVAL)
+    })?;
+    let other = ctx.mount("n", "")?;
+    other.mkdir("web")?;
+    is_logged(ctx, &["a VM `web` is there"], || {
+        let second = new_file(&other.at("web/ram"));
+        fails("a VM twice", second, Errno::EEXIST)
+    })?;
+    let (sys, vm) = (ctx.sys(), ctx.sys().vm("web"));
+    let files: [(&Node, &str, &[u8], &str); 9] = [
+        (
+            &sys,
+            "run",
+            b"3\n",
+            "run: `3` was refused: it takes a number from 0 to 2",
+        ),
+        (
+            &sys,
+            "scan_period_secs",
+            b"-1",
+            "scan_period_secs: `-1` was refused",
+        ),
+        (&sys, "share_scope", b"all", "it takes vm or domain or host"),
+        (
+            &sys,
+            "large_pages",
+            b"\n",
+            "large_pages: `` was refused: it takes never",
+        ),
+        (
+            &sys,
+            "swap_dir",
+            b"a\nb",
+            "swap_dir: `a\\x5cnb` was refused: give the absolute path",
+        ),
+        (
+            &vm,
+            "limit_kb",
+            b"1G",
+            "web/limit_kb: `1G` was refused: it takes a number",
+        ),
+        (
+            &vm,
+            "shares",
+            b"0",
+            "web/shares: `0` was refused: it takes a number from 1",
+        ),
+        (
+            &vm,
+            "domain",
+            b"\xff",
+            "web/domain: `\\x5cxff` was refused: it takes 1 to 255",
+        ),
+        (
+            &vm,
+            "large_pages",
+            b"always\n\n",
+            "web/large_pages: `always\\x5cn` was refused",
+        ),
+    ];
+    for (node, name, value, says) in files {
+        let before = node.word(name)?;
+        is_logged(ctx, &[says], || {
+            let done = node.try_set(name, value);
+            fails_any(name, done, &[Errno::EINVAL, Errno::ERANGE])
+        })?;
+        eq(name, node.word(name)?, before)?;
+    }
+    eq("length", file.metadata()?.len(), 2 * PAGE as u64)
 }
 
 fn second_insmod(ctx: &Ctx) -> Result<()> {
