@@ -151,7 +151,7 @@ pub const KNOBS: &[Knob] = &[
         "large_pages",
         LARGE,
         TEXT,
-        "never",
+        "always",
         None,
         "Whether new memory may be 2 MiB pages."
     ),
@@ -437,7 +437,12 @@ impl Knob {
         let (least, largest) = self.range;
         match self.kind {
             Kind::Word(words) => words.join(", "),
-            Kind::Text => "a text, may be empty".to_owned(),
+            Kind::Text if self.name.ends_with("_dir") => {
+                "the absolute path of a directory, or nothing".to_owned()
+            }
+            Kind::Text => {
+                "up to 255 bytes of text without /, neither . nor .., or nothing".to_owned()
+            }
             Kind::Switch => "0 or 1".to_owned(),
             Kind::Size => format!("a size such as {}", units::SIZE_FORMS),
             Kind::Percent => format!("{least}% to {largest}%"),
@@ -511,7 +516,10 @@ impl Knob {
                 format!("`{value}` for {name} names something that does not exist")
             }
             Some(Errno::OPNOTSUPP) => {
-                format!("`{value}` for {name} lies where the system lacks what it needs")
+                format!(
+                    "`{value}` for {name} is memory, or lacks O_TMPFILE or O_DIRECT: choose a \
+                     directory on ext4, XFS or btrfs"
+                )
             }
             Some(Errno::INTR) => format!("interrupted while setting {name}"),
             _ => return error.to_string(),
@@ -549,13 +557,22 @@ mod tests {
 
     #[test]
     fn bounds_and_defaults_are_the_modules() {
-        let modules = thinram_logic::tunables::KNOBS;
-        assert!(modules.len() >= 8);
-        for theirs in modules {
-            let ours = host(theirs.name);
-            assert_eq!(ours.range, (theirs.min, theirs.max), "{}", theirs.name);
-            assert_eq!(ours.default, theirs.default.to_string(), "{}", theirs.name);
+        use thinram_logic::tunables::{LargePages, ShareScope, KNOBS, VM_KNOBS};
+        for (scope, modules) in [(Scope::Host, KNOBS), (Scope::Vm, VM_KNOBS)] {
+            let numbers = Knob::all(scope).filter(|knob| knob.is_number()).count();
+            assert_eq!(modules.len(), numbers);
+            for theirs in modules {
+                let ours = Knob::find(scope, theirs.name).unwrap();
+                assert_eq!(ours.range, (theirs.min, theirs.max), "{}", theirs.name);
+                assert_eq!(ours.default, theirs.default.to_string(), "{}", theirs.name);
+            }
         }
+        let large = host("large_pages");
+        assert_eq!(large.default, LargePages::default().as_str());
+        assert_eq!(large.kind, Kind::Word(&LargePages::WORDS));
+        let scope = host("share_scope");
+        assert_eq!(scope.default, ShareScope::default().as_str());
+        assert_eq!(scope.kind, Kind::Word(&ShareScope::WORDS));
     }
 
     #[test]
@@ -659,6 +676,7 @@ mod tests {
         assert!(said(Errno::ACCESS).contains("run as root"));
         assert!(said(Errno::BUSY).contains("in use"));
         assert!(said(Errno::INTR).contains("interrupted"));
+        assert!(said(Errno::OPNOTSUPP).contains("choose a directory on ext4"));
         assert!(said(Errno::IO).starts_with("cannot write /x"));
     }
 
