@@ -16,7 +16,7 @@ all: preflight
 	@echo "built $(MO)/thinram.ko for kernel $(RELEASE)"
 
 preflight:
-	@KDIR="$(KDIR)" KVER="$(RELEASE)" scripts/preflight
+	@KDIR="$(KDIR)" KVER="$(RELEASE)" DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" scripts/preflight
 
 kdir module check test coverage demo bench host-shell uml-shell setup:
 	@scripts/bootstrap $@ $(ARGS)

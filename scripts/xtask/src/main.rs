@@ -199,6 +199,13 @@ fn work(task: Task) -> Result<ExitCode> {
         }
         Task::Kdir => {
             let dir = setup::kdir(&kernel)?;
+            let runs = env::output_of_uname()?;
+            if runs != kernel.abi {
+                eprintln!(
+                    "xtask: modules built with this are for kernel {}; this machine runs {runs}",
+                    kernel.abi
+                );
+            }
             let host = std::env::var("THINRAM_HOST_CACHE").unwrap_or_default();
             println!(
                 "{}",

@@ -45,12 +45,19 @@ impl Host {
 
     /// What it complains of; None if it does not.
     fn check(&self, kdir: &str) -> Option<String> {
+        self.check_with(kdir, &[])
+    }
+
+    /// The same with these variables as well.
+    fn check_with(&self, kdir: &str, variables: &[(&str, &str)]) -> Option<String> {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../preflight");
         let out = Command::new(script)
             .env("KDIR", self.dir.join(kdir))
             .env("KVER", "7.3.4+deb13-amd64")
             .env("RUSTC", self.dir.join("rustc"))
             .env("BINDGEN", self.dir.join("bindgen"))
+            .env("SRC", "/src")
+            .envs(variables.iter().copied())
             .output()
             .unwrap();
         let text = String::from_utf8(out.stderr).unwrap();
@@ -124,6 +131,39 @@ fn another_rustc_is_named_with_the_one_that_is_wanted() {
     assert!(text.contains("1.90.0") && text.contains(VERSION), "{text}");
     host.remove("rustc");
     assert!(host.check("kdir").unwrap().contains("'none'"));
+}
+
+#[test]
+fn only_the_first_line_of_another_rustc_is_shown() {
+    let host = Host::new("lines");
+    host.tool("rustc", "something else\nof two lines");
+    let text = host.check("kdir").unwrap();
+    assert!(text.contains("'something else'"), "{text}");
+}
+
+#[test]
+fn paths_that_the_kernel_splits_are_refused() {
+    let host = Host::new("paths");
+    fs::create_dir_all(host.dir.join("a b")).unwrap();
+    assert!(host.check("a b").unwrap().contains("a b' has a space"));
+    for (variable, value, says) in [
+        (
+            "SRC",
+            "/home/me/thin ram",
+            "checkout '/home/me/thin ram' has a space",
+        ),
+        ("SRC", "/home/me/a:b", "has a space or colon"),
+        ("KDIR", "", "KDIR= is empty"),
+        ("DESTDIR", "/tmp/a b", "DESTDIR= '/tmp/a b' has a space"),
+        ("DESTDIR", "here", "DESTDIR='here' is no absolute path"),
+        ("PREFIX", "usr", "PREFIX='usr' is no absolute path"),
+    ] {
+        let text = host.check_with("kdir", &[(variable, value)]);
+        let text = text.unwrap_or_else(|| panic!("{variable}={value} passes"));
+        assert!(text.contains(says), "{text}");
+    }
+    let good = [("DESTDIR", "/tmp/root"), ("PREFIX", "/usr")];
+    assert_eq!(host.check_with("kdir", &good), None);
 }
 
 #[test]
