@@ -16,6 +16,9 @@
 //!
 //! [^1]: read-only if the scanner write-protected it, so that the write is noticed.
 //!
+//! A zero frame or a shared one that has all the mappings it can have is not mapped once more: then a
+//! read is answered as a write.
+//!
 //! [^2]: brought back first, for all its sharers, if it was compressed or in their swap file.
 
 use super::{
@@ -94,6 +97,8 @@ impl Supplies {
 enum Step {
     Answered(Answer),
     NeedsFrame,
+    /// More mappings show what it shares than one page can have: it gets a frame, as for a write.
+    NeedsOwn,
     NeedsMemory,
     /// From a swap file.
     NeedsRead(Unread),
@@ -135,7 +140,7 @@ pub(crate) fn make_writable(backing: &Backing, fault: Fault) -> Answer {
 
 fn answer(backing: &Backing, mut fault: Fault, make_writable: bool) -> Answer {
     let page = fault.page_number();
-    let write = make_writable || fault.is_write();
+    let mut write = make_writable || fault.is_write();
     let events = &backing.vm().events;
     if events.faults.fetch_add(1, Ordering::Relaxed) % FAULTS_PER_LOOK == 0 {
         backing.host().look_at_memory();
@@ -214,6 +219,7 @@ fn answer(backing: &Backing, mut fault: Fault, make_writable: bool) -> Answer {
         match step {
             Step::Answered(answer) => return answer,
             Step::NeedsFrame => {}
+            Step::NeedsOwn => write = true,
             Step::NeedsMemory => return wait(backing, fault, make_writable),
             Step::NeedsRead(unread) => return wait_for_read(backing, fault, unread),
         }
@@ -287,13 +293,16 @@ fn look(
             }
         }
         State::Empty | State::Zero if !write => {
+            let zeroes = host.zero_frame(fault.page_number());
+            if zeroes.is_crowded() {
+                return Step::NeedsOwn;
+            }
             guard.note(index, slot.with_zero_mapped());
-            fault
-                .map_shared(host.zero_frame(fault.page_number()))
-                .into()
+            fault.map_shared(zeroes).into()
         }
         State::Shared if !write => match shared_frame(backing, slot, supplies) {
             Ok(frame) if frame.as_ref().is_poisoned() => Step::Answered(Answer::Poisoned),
+            Ok(frame) if frame.as_ref().is_crowded() => Step::NeedsOwn,
             Ok(frame) => fault.map_shared(frame.as_ref()).into(),
             Err(step) => step,
         },

@@ -152,6 +152,9 @@ fn show_zeroes(backing: &Backing, fault: &Fault, mut guard: RegionGuard<'_>) -> 
     let Some(zeroes) = backing.host().zero_folio() else {
         return Answer::Fallback;
     };
+    if zeroes.part(0).is_crowded() {
+        return Answer::Fallback;
+    }
     count(&backing.vm().events.faults);
     guard.note_all_zero_mapped();
     fault.map_huge(zeroes, false)

@@ -348,6 +348,24 @@ impl<'a> PageRef<'a> {
         }
     }
 
+    /// Whether so many mappings show the page that its count of references might overflow with more. One
+    /// page for all of a long file makes that cheap: 8 bytes of a page table for each reference.
+    pub(crate) fn is_crowded(self) -> bool {
+        let most = if protect::armed(protect::Protection::References) {
+            Self::REFERENCES_MAX
+        } else {
+            Self::FEW_REFERENCES
+        };
+        // SAFETY: The page is alive.
+        unsafe { bindings::thinram_page_refcount(self.0.as_ptr()) > most }
+    }
+
+    /// References that one page gets by read-only mappings of it in many places; half of what the count
+    /// holds, for those who look at the same time.
+    const REFERENCES_MAX: i32 = i32::MAX / 2;
+    /// So many where tests see them run out.
+    const FEW_REFERENCES: i32 = 16;
+
     /// Freezes a page of which we hold the only reference; `None` when anybody else holds one.
     pub(crate) fn freeze(self) -> Option<Frozen<'a>> {
         // SAFETY: The page is alive.

@@ -59,11 +59,13 @@ pub(crate) enum Protection {
     SplitReserve,
     /// Have a number for each region of 8 TiB. Without it there are few, and tests see them run out.
     RegionNumbers,
+    /// Let a page have a billion references. Without it there are few, and tests see what comes then.
+    References,
 }
 
 #[cfg(thinram_debug)]
 /// All of them, with the names of their switches in debugfs.
-pub(crate) const ALL: [(Protection, &kernel::str::CStr); 25] = [
+pub(crate) const ALL: [(Protection, &kernel::str::CStr); 26] = [
     (Protection::Zap, c"break_zap"),
     (Protection::Freeze, c"break_freeze"),
     (Protection::Compare, c"break_compare"),
@@ -89,6 +91,7 @@ pub(crate) const ALL: [(Protection, &kernel::str::CStr); 25] = [
     (Protection::IndexGrowth, c"break_index_growth"),
     (Protection::SplitReserve, c"break_split_reserve"),
     (Protection::RegionNumbers, c"break_region_numbers"),
+    (Protection::References, c"break_references"),
 ];
 
 #[cfg(not(thinram_debug))]

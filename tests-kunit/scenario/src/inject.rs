@@ -12,7 +12,7 @@ use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
-use crate::check::{bytes_are, eq, page_is, skip, that, Code};
+use crate::check::{bytes_are, eq, page_is, skip, that, within, Code};
 use crate::content;
 use crate::contention::force;
 use crate::ctx::Ctx;
@@ -52,6 +52,11 @@ pub const CASES: &[Case] = &[
         "debug/region-numbers",
         "more memory touched than the host has numbers for: SIGBUS, ENOSPC, the rest is intact",
         region_numbers,
+    ),
+    Case::thinram(
+        "debug/crowded",
+        "more mappings of a zero frame and of a shared one than they can have: the rest get their own",
+        crowded,
     ),
     Case::thinram(
         "debug/no-large",
@@ -225,6 +230,54 @@ fn lost_hint(ctx: &Ctx) -> Result<()> {
     for page in 0..EQUAL {
         let expected = content::page(1 + twin(page) as u64);
         page_is("an equal page", &b.map.read_page(page), &expected)?;
+    }
+    Ok(())
+}
+
+fn crowded(ctx: &Ctx) -> Result<()> {
+    // Of zeroes there are eight frames; the switch leaves each of them 16 references.
+    const REFERENCES: u64 = 16;
+    const ZEROES: u64 = 8 * REFERENCES;
+    const PAGES: usize = 1024;
+    const HALF: usize = PAGES / 2;
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let guest = mount.guest("web", PAGES)?;
+    let vm = ctx.sys().vm("web");
+    for page in 0..HALF {
+        guest.map.write_page(page, &content::page(7));
+    }
+    ctx.sys().flat_out()?;
+    ctx.until_is("pages_sharing", HALF as u64 - 1, SOON)?;
+    ctx.sys().set("run", 0)?;
+    let few = Switch::new(ctx, "break_references")?;
+    few.set(1)?;
+    let sum: u64 = (HALF..PAGES).map(|page| guest.map.get(page, 0)).sum();
+    eq("sum of zeroes", sum, 0)?;
+    let own = vm.get("private_kb")? / 4;
+    within(
+        "frames instead of zeroes",
+        own,
+        HALF as u64 - ZEROES,
+        HALF as u64,
+    )?;
+    // Nothing shows the shared frame until it is read.
+    for page in 0..HALF {
+        page_is(
+            "an equal page",
+            &guest.map.read_page(page),
+            &content::page(7),
+        )?;
+    }
+    let shared = vm.get("shared_kb")? / 4;
+    within("pages that share", shared, 1, REFERENCES)?;
+    few.set(0)?;
+    for page in 0..HALF {
+        guest.map.set(HALF + page, 1, page as u64);
+        page_is(
+            "an equal page",
+            &guest.map.read_page(page),
+            &content::page(7),
+        )?;
     }
     Ok(())
 }
