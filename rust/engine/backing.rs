@@ -103,7 +103,8 @@ impl Backing {
         }
         let number = usize::try_from(page / SLOTS as u64)?;
         let first_page = (number as u64).saturating_mul(SLOTS as u64);
-        let region = Region::new(first_page, self.vm.clone(), self.source.mapping())?;
+        let region = (self.vm)
+            .pays_for_kernel(|| Region::new(first_page, self.vm.clone(), self.source.mapping()))?;
         self.host.registry().add(&region)?;
         let stored = self
             .regions

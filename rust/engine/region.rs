@@ -108,7 +108,7 @@ impl Region {
                     "thinram_region"
                 ),
             }),
-            GFP_KERNEL,
+            GFP_KERNEL_ACCOUNT,
         )
     }
 

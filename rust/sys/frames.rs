@@ -15,7 +15,7 @@ use crate::logic::{
     records::{Bytes, Dropped, Form, RecordPage, RecordStore, Records},
 };
 use kernel::{
-    alloc::{flags::__GFP_ZERO, AllocError},
+    alloc::{flags::__GFP_ZERO, AllocError, Flags},
     prelude::*,
 };
 
@@ -354,8 +354,8 @@ impl FrameRecords {
 /// # Safety
 ///
 /// A `T` of all zero bytes is valid.
-pub(super) unsafe fn zeroed_box<T>() -> Result<KBox<T>, AllocError> {
-    let page = KBox::<T>::new_uninit(GFP_KERNEL | __GFP_ZERO)?;
+pub(super) unsafe fn zeroed_box<T>(flags: Flags) -> Result<KBox<T>, AllocError> {
+    let page = KBox::<T>::new_uninit(flags | __GFP_ZERO)?;
     // SAFETY: The allocation is zeroed, which the caller says is a valid `T`.
     Ok(unsafe { page.assume_init() })
 }
@@ -366,7 +366,7 @@ pub(crate) fn group_page() -> Result<KBox<GroupPage>, AllocError> {
         return Err(AllocError);
     }
     // SAFETY: Arrays of integers. All-zero is the empty page, as a test in logic says.
-    unsafe { zeroed_box() }
+    unsafe { zeroed_box(GFP_KERNEL) }
 }
 
 /// An empty page of records.
@@ -375,5 +375,5 @@ pub(crate) fn record_page() -> Result<KBox<RecordPage>, AllocError> {
         return Err(AllocError);
     }
     // SAFETY: As above.
-    unsafe { zeroed_box() }
+    unsafe { zeroed_box(GFP_KERNEL) }
 }

@@ -78,8 +78,9 @@ impl SlotWords {
         if inject::fails(Point::Slots) {
             return Err(ENOMEM);
         }
+        // Who touches memory pays for what is noted of it: a sparse file would take any amount.
         // SAFETY: Each cell is an atomic integer; zero is an empty slot.
-        let words = unsafe { super::frames::zeroed_box()? };
+        let words = unsafe { super::frames::zeroed_box(GFP_KERNEL_ACCOUNT)? };
         Ok((SlotWords { words, store }, SlotKey(())))
     }
 

@@ -33,6 +33,11 @@ pub const CASES: &[Case] = &[
         charge_large,
     ),
     Case::thinram(
+        "memcg/sparse",
+        "what is noted of memory that was only read is its cgroup's too, until the file is gone",
+        sparse,
+    ),
+    Case::thinram(
         "memcg/shared",
         "shared and zero frames are charged to nobody; what `run` 2 gives back is",
         shared,
@@ -217,6 +222,38 @@ fn charge_of(ctx: &Ctx, huge_kb: u64) -> Result<()> {
     sys::punch(&guest.file, 0, PAGES * PAGE as u64)?;
     let left = group.kernel_pages()?;
     that(format!("nothing stays after a hole: {left}"), left < SLACK)
+}
+
+/// One page is read of each 2 MiB of a sparse file: that gives the guest no memory, but the module keeps
+/// a table for each.
+fn sparse(ctx: &Ctx) -> Result<()> {
+    const LARGE: usize = 512;
+    const TABLES: u64 = 1024;
+    let group = Cgroup::new("sparse")?;
+    let mount = ctx.mount("m", "size=2G")?;
+    let guest = mount.guest("web", 1)?;
+    let pages = TABLES as usize * LARGE;
+    sys::ftruncate(&guest.file, (pages * PAGE) as i64)?;
+    let mut child = sys::fork(|| {
+        group.enter()?;
+        let map = Map::shared(&guest.file, 0, pages * PAGE, RW)?;
+        let sum: u64 = (0..pages).step_by(LARGE).map(|page| map.get(page, 0)).sum();
+        eq("sum of zeroes", sum, 0)
+    })?;
+    child.expect_ok(ctx.limit(20.0))?;
+    // Its page tables went with it.
+    let kept = group.kernel_pages()?;
+    that(
+        format!("{TABLES} tables of a page each are charged: {kept}"),
+        kept >= TABLES,
+    )?;
+    fs::remove_file(&guest.path)?;
+    drop(guest);
+    let left = group.kernel_pages()?;
+    that(
+        format!("nothing stays after the file: {left}"),
+        left < SLACK,
+    )
 }
 
 fn compressed(ctx: &Ctx) -> Result<()> {
