@@ -827,6 +827,14 @@ impl Registry {
         Some(region.as_ref()?.peek(page_id as usize % SLOTS))
     }
 
+    /// Makes the next pass hash a page again; without a reference to its region, as [`Registry::peek`].
+    pub(crate) fn forget_stable(&self, page_id: u32) {
+        let table = self.table.lock();
+        if let Some(Some(region)) = table.regions.get((page_id / SLOTS as u32) as usize) {
+            region.forget_stable(page_id as usize % SLOTS);
+        }
+    }
+
     /// Regions that there are.
     pub(crate) fn live(&self) -> u64 {
         self.table.lock().live

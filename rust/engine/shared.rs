@@ -744,9 +744,7 @@ impl SharedIndex {
 
 /// A page lost its hint: let the next pass hash it again, so that no pair is missed for ever.
 fn forget_owner(registry: &Registry, page_id: u32) {
-    if let Some((region, index)) = registry.page(page_id) {
-        region.forget_stable(index);
-    }
+    registry.forget_stable(page_id);
 }
 
 impl Pages for Registry {
