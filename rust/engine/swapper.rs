@@ -79,12 +79,12 @@ fn read(work: &SwapWork, ask: &Ask) {
     let (cluster, number) = (*cluster, *number);
     let (Some(file), Ok(mut buffer)) = (swap.source(cluster, number), Buffer::new()) else {
         task::sleep_killable(1_000);
-        return swap.was_read(cluster, number, None, false);
+        return swap.was_read(cluster, number, None, None);
     };
     match file.read(offset(cluster), &mut buffer) {
         Ok(()) => {
             work.events.reads.fetch_add(1, Ordering::Relaxed);
-            swap.was_read(cluster, number, Some(buffer.into()), true);
+            swap.was_read(cluster, number, Some(buffer.into()), Some(&file));
         }
         Err(error) => {
             work.events.reads_failed.fetch_add(1, Ordering::Relaxed);
@@ -94,7 +94,7 @@ fn read(work: &SwapWork, ask: &Ask) {
                     error.to_errno()
                 );
             }
-            swap.was_read(cluster, number, None, true);
+            swap.was_read(cluster, number, None, Some(&file));
         }
     }
 }

@@ -466,16 +466,20 @@ impl Swap {
         (volume.number_of(cluster, Phase::Written) == Some(number)).then(|| volume.file.clone())
     }
 
-    /// A reader is done: with a buffer, or (`None`) it could not be read. `tried`: whether it was.
+    /// A reader is done: with a buffer, or (`None`) it could not be read. `tried`: from which file, if it
+    /// was. Another file that there is meanwhile has clusters of the same numbers.
     pub(super) fn was_read(
         &self,
         cluster: u32,
         number: u64,
         buffer: Option<Arc<Buffer>>,
-        tried: bool,
+        tried: Option<&Arc<SwapFile>>,
     ) {
         let mut inner = self.lock();
-        if let Some(volume) = &mut inner.volume {
+        let volume = inner.volume.as_mut();
+        let is_its =
+            |volume: &&mut KBox<Volume>| tried.is_none_or(|file| Arc::ptr_eq(file, &volume.file));
+        if let Some(volume) = volume.filter(is_its) {
             volume.uses = volume.uses.saturating_add(1);
             let used = volume.uses;
             for place in &mut volume.cache {
@@ -486,8 +490,8 @@ impl Swap {
                 }
                 match (&buffer, tried) {
                     (Some(buffer), _) => entry.content = Held::Ready(buffer.clone()),
-                    (None, true) => entry.content = Held::Failed(clock::now_us()),
-                    (None, false) => {
+                    (None, Some(_)) => entry.content = Held::Failed(clock::now_us()),
+                    (None, None) => {
                         *place = None;
                         continue;
                     }
