@@ -168,9 +168,6 @@ unsafe fn new_file(dir: Inode, mode: u16, name: &[u8]) -> Result<Inode> {
 /// # Safety
 ///
 /// Called by the kernel.
-/// # Safety
-///
-/// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_create(
     _idmap: *mut bindings::mnt_idmap,

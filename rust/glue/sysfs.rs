@@ -561,9 +561,6 @@ fn change(vm: &Vm, f: impl FnOnce(&Host, &Arc<Vm>) -> Result) -> Result {
 
 /// # Safety
 ///
-/// Called by sysfs.
-/// # Safety
-///
 /// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_sysfs_show(

@@ -210,8 +210,10 @@ impl Fault {
     /// retried, and not at once.
     fn unlocked(self, f: impl FnOnce()) {
         // SAFETY: The lock is held by the type's invariant; `self` ends here. The file keeps the
-        // mount, and so this module, until the task has left it: the last fput is done on the way
-        // back to user space.
+        // mount, and so this module. Of a user's task the last fput is done on the way back to user
+        // space, when it has left the module. A kernel thread (KVM's for asynchronous faults) keeps the
+        // process's mm until its fault is over, so the file goes only with a munmap() meanwhile, and
+        // then in a work item a tick later.
         unsafe {
             let file = bindings::thinram_vmf_file(self.0.as_ptr());
             bindings::thinram_release_fault_lock(self.0.as_ptr());

@@ -13,7 +13,7 @@ use core::{
     sync::atomic::{AtomicU64, Ordering},
 };
 use kernel::{
-    alloc::flags::__GFP_NOWARN,
+    alloc::flags::{__GFP_NOWARN, __GFP_ZERO},
     page::PAGE_SIZE,
     prelude::*,
     sync::{Arc, SetOnce},
@@ -34,11 +34,11 @@ impl Compressor {
         if inject::fails(Point::Scratch) {
             return Err(ENOMEM);
         }
-        // SAFETY: Arrays of bytes, which LZ4 writes before it reads them.
+        // SAFETY: Zeroed bytes.
         unsafe {
             Ok(Compressor {
-                work: KVBox::new_uninit(GFP_KERNEL)?.assume_init(),
-                out: KBox::new_uninit(GFP_KERNEL)?.assume_init(),
+                work: KVBox::new_uninit(GFP_KERNEL | __GFP_ZERO)?.assume_init(),
+                out: KBox::new_uninit(GFP_KERNEL | __GFP_ZERO)?.assume_init(),
             })
         }
     }
@@ -93,8 +93,8 @@ impl Scratch {
         if inject::fails(Point::Scratch) {
             return None;
         }
-        let scratch = KBox::new_uninit(GFP_KERNEL | __GFP_NOWARN).ok()?;
-        // SAFETY: An array of bytes, which is written before it is read.
+        let scratch = KBox::new_uninit(GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN).ok()?;
+        // SAFETY: Zeroed bytes.
         Some(Scratch(unsafe { scratch.assume_init() }))
     }
 
