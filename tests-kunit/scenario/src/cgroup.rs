@@ -241,7 +241,14 @@ fn sparse(ctx: &Ctx) -> Result<()> {
         eq("sum of zeroes", sum, 0)
     })?;
     child.expect_ok(ctx.limit(20.0))?;
-    // Its page tables went with it.
+    let at_most = |what: &str, most: u64| {
+        ctx.until(what, 10.0, || {
+            let pages = group.kernel_pages()?;
+            Ok((pages < most, format!("{pages} pages")))
+        })
+    };
+    // Page tables go with the process, after a grace period of RCU.
+    at_most("its page tables are gone", TABLES + SLACK)?;
     let kept = group.kernel_pages()?;
     that(
         format!("{TABLES} tables of a page each are charged: {kept}"),
@@ -249,11 +256,7 @@ fn sparse(ctx: &Ctx) -> Result<()> {
     )?;
     fs::remove_file(&guest.path)?;
     drop(guest);
-    let left = group.kernel_pages()?;
-    that(
-        format!("nothing stays after the file: {left}"),
-        left < SLACK,
-    )
+    at_most("nothing stays after the file", SLACK)
 }
 
 fn compressed(ctx: &Ctx) -> Result<()> {
