@@ -223,8 +223,13 @@ vm_fault_t thinram_huge_insert(struct vm_fault *vmf, struct page *page, bool wri
 /* Tables of 4 KiB entries. */
 bool thinram_table_can_go(const struct vm_fault *vmf)
 {
-#if defined(CONFIG_TRANSPARENT_HUGEPAGE) && defined(CONFIG_IOMMU_MM_DATA)
-	return !vmf->vma->vm_mm->iommu_mm && !cpu_feature_enabled(X86_FEATURE_XENPV) &&
+#ifdef CONFIG_TRANSPARENT_HUGEPAGE
+#ifdef CONFIG_IOMMU_MM_DATA
+	/* Elsewhere no device walks the tables of a process. */
+	if (vmf->vma->vm_mm->iommu_mm)
+		return false;
+#endif
+	return !cpu_feature_enabled(X86_FEATURE_XENPV) &&
 	       (!cpu_feature_enabled(X86_FEATURE_PCID) ||
 		cpu_feature_enabled(X86_FEATURE_INVPCID));
 #else
