@@ -14,9 +14,13 @@ use kernel::{
 pub(crate) type Mistake = (&'static str, fn() -> Result);
 
 /// All of them.
-pub(crate) const MISTAKES: [Mistake; 2] = [("use_after_free", use_after_free), ("sleep", sleep)];
+pub(crate) const MISTAKES: [Mistake; 3] = [
+    ("use_after_free", use_after_free),
+    ("sleep", sleep),
+    ("leak", leak),
+];
 
-/// Bytes of an object that is freed too early.
+/// Bytes of an object that is freed too early, or never.
 const SIZE: usize = 192;
 
 /// Reads what was freed.
@@ -36,5 +40,16 @@ fn sleep() -> Result {
     let sleeping: Pin<KBox<Mutex<()>>> = KBox::pin_init(new_mutex!(()), GFP_KERNEL)?;
     let _outer = spinning.lock();
     let _inner = sleeping.lock();
+    Ok(())
+}
+
+/// Objects that are forgotten at once: a pointer that is left somewhere by chance hides one of them.
+const FORGOTTEN: usize = 16;
+
+/// Forgets objects.
+fn leak() -> Result {
+    for _ in 0..FORGOTTEN {
+        KBox::leak(KBox::new([0u8; SIZE], GFP_KERNEL)?);
+    }
     Ok(())
 }
