@@ -18,7 +18,7 @@ all: preflight
 preflight:
 	@KDIR="$(KDIR)" KVER="$(RELEASE)" DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" scripts/preflight
 
-kdir module check test coverage demo bench host-shell uml-shell setup:
+kdir module check test test-full coverage demo bench host-shell uml-shell setup:
 	@scripts/bootstrap $@ $(ARGS)
 
 HOURS ?= 1
@@ -55,6 +55,7 @@ help:
 	@echo 'Anywhere (in a Debian sysroot that is made below ~/.cache/thinram):'
 	@echo '  make demo       three KVM guests share memory on a stock kernel'
 	@echo '  make test       every test;   make check   formatting, lints, layering'
+	@echo '  make test-full  and all of it once more on a kernel with sanitizers: takes hours'
 	@echo '  make coverage   which lines the host'"'"'s tests run'
 	@echo '  make bench      ThinRAM against KSM, zswap and hugetlbfs'
 	@echo '  make soak HOURS=1   guests come and go, and no memory is missing at the end'
@@ -62,4 +63,4 @@ help:
 	@echo '  make host-shell a shell in the KVM host;  make uml-shell  in UML'
 	@echo '  make clean      remove target/'
 
-.PHONY: all preflight kdir module check test coverage demo bench soak host-shell uml-shell setup ctl install clean help
+.PHONY: all preflight kdir module check test test-full coverage demo bench soak host-shell uml-shell setup ctl install clean help

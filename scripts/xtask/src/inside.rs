@@ -143,19 +143,41 @@ pub fn small_pages() -> Result<()> {
     Ok(())
 }
 
+/// The module that was built for the kernel that runs.
+pub fn module() -> Result<PathBuf> {
+    Ok(target(if release()?.ends_with("-thinram-debug") {
+        "module-sanitized/thinram.ko"
+    } else {
+        "module/thinram.ko"
+    }))
+}
+
+fn release() -> Result<String> {
+    read("/proc/sys/kernel/osrelease")
+}
+
+/// Loads drivers of the stock kernel; another kernel has them built in.
+pub fn modprobe(drivers: &[&str]) -> Result<()> {
+    let modules = format!("/cache/stock-{}/usr", release()?);
+    if Path::new(&modules).exists() {
+        sh(Command::new("modprobe")
+            .args(["-d", &modules, "-a"])
+            .args(drivers))?;
+    }
+    Ok(())
+}
+
 /// Loads KVM, and the module if it is used.
 pub fn load(fs: Fs) -> Result<()> {
-    let release = read("/proc/sys/kernel/osrelease")?;
-    let modules = format!("/cache/stock-{release}/usr");
     let cpus = read("/proc/cpuinfo")?;
     let kvm = if cpus.contains("vmx") {
         "kvm_intel"
     } else {
         "kvm_amd"
     };
-    sh(Command::new("modprobe").args(["-d", &modules, kvm]))?;
+    modprobe(&[kvm])?;
     if fs == Fs::Thinram && !Path::new(SYS).exists() {
-        sh(Command::new("insmod").arg(target("module/thinram.ko")))?;
+        sh(Command::new("insmod").arg(module()?))?;
     }
     Ok(())
 }

@@ -56,6 +56,14 @@ enum Task {
     Check,
     /// Every test
     Test,
+    /// Those of `test`, and all scenarios and guests on a kernel that watches memory and locks: hours
+    TestFull,
+    /// What `test-full` adds to `test`
+    Debug {
+        /// Only suites whose name contains this
+        #[arg(long, default_value = "")]
+        filter: String,
+    },
     /// The unit tests under the address sanitizer
     Sanitizer,
     /// The models of what is lock-free, in every order of their threads
@@ -180,9 +188,13 @@ fn work(task: Task) -> Result<ExitCode> {
     }
     let kernel = setup::packages()?;
     let _lock = match task {
-        Task::Test | Task::Coverage | Task::Demo | Task::Bench | Task::Soak { .. } => {
-            Some(step::lock_checkout()?)
-        }
+        Task::Test
+        | Task::TestFull
+        | Task::Debug { .. }
+        | Task::Coverage
+        | Task::Demo
+        | Task::Bench
+        | Task::Soak { .. } => Some(step::lock_checkout()?),
         _ => None,
     };
     match task {
@@ -221,6 +233,8 @@ fn work(task: Task) -> Result<ExitCode> {
             )]))
         }
         Task::Test => return Ok(report::show(&suites::all(&kernel))),
+        Task::TestFull => return Ok(report::show(&suites::full(&kernel))),
+        Task::Debug { filter } => return Ok(report::show(&suites::debug(&kernel, &filter))),
         Task::Sanitizer => {
             let name = "unit tests, address sanitizer";
             return Ok(alone(name, instrumented::address_sanitizer));
@@ -245,6 +259,11 @@ fn work(task: Task) -> Result<ExitCode> {
             match place {
                 vm::Place::KvmHost | vm::Place::KvmCounted => drop(vm::guests(&kernel)?),
                 vm::Place::SmpHost => {}
+                vm::Place::SmpDebug => drop(setup::sanitized_module(&kernel)?),
+                vm::Place::KvmDebug => {
+                    setup::sanitized_module(&kernel)?;
+                    vm::guests(&kernel)?;
+                }
                 vm::Place::Uml | vm::Place::UmlDebug | vm::Place::UmlKasan => {
                     if let Some(kind) = place.uml() {
                         setup::uml(&kernel, kind)?;

@@ -355,8 +355,8 @@ pub fn guest_kernel(k: &Kernel) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// Graphics drivers select this on a PC: the module needs it, and UML has none.
-const UML_KCONFIG: &str = "\nconfig THINRAM\n\tdef_bool y\n\tselect MAPPING_DIRTY_HELPERS\n";
+/// Graphics drivers select this on a PC: the module needs it, and kernels made here have none.
+const MODULE_KCONFIG: &str = "\nconfig THINRAM\n\tdef_bool y\n\tselect MAPPING_DIRTY_HELPERS\n";
 
 /// UML accounts CPU time by ticks of 10 ms, longer than what the benchmark measures.
 const UML_CLOCK: &str = "\nunsigned long long sched_clock(void)\n{\n\treturn os_nsecs();\n}\n";
@@ -378,6 +378,10 @@ const KOBJECT_DELAY: [&str; 2] = [
     "HZ + HZ * get_random_u32_below(4)",
     "1 + get_random_u32_below(HZ / 5)",
 ];
+
+/// Where lockdep watches the locks of page tables they are objects of their own, which inlined functions
+/// let go: for the module that frees one this has to be exported.
+const PTLOCK: &str = "\nEXPORT_SYMBOL_GPL(ptlock_free);\n";
 
 /// A User-Mode Linux with the module built in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -409,12 +413,72 @@ impl Uml {
     }
 
     fn fragment(self) -> Result<String> {
-        let common = read(src("scripts/kernel/uml.config"))?;
-        Ok(match self {
-            Uml::Plain | Uml::Debug => common,
-            Uml::Kasan => common + "\n" + &read(src("scripts/kernel/sanitizers.config"))?,
-        })
+        match self {
+            Uml::Plain | Uml::Debug => read(src("scripts/kernel/uml.config")),
+            Uml::Kasan => sanitized("uml"),
+        }
     }
+}
+
+/// A configuration of scripts/kernel with what watches memory and locks.
+fn sanitized(name: &str) -> Result<String> {
+    let own = read(src(format!("scripts/kernel/{name}.config")))?;
+    Ok(own + "\n" + &read(src("scripts/kernel/sanitizers.config"))?)
+}
+
+/// The kernel for x86_64 that watches memory and locks: its image, and where it was built, which is a
+/// build directory for modules as well.
+pub fn debug_kernel(k: &Kernel) -> Result<(PathBuf, PathBuf)> {
+    let dest = debug_tree(k);
+    let fragment = sanitized("debug")?;
+    let delay = KOBJECT_DELAY.join("\n");
+    let inputs = format!("{}\n{fragment}\n{MODULE_KCONFIG}{delay}{PTLOCK}", k.version);
+    let log = cache("logs/debug-kernel.log");
+    // KASAN and Rust together need clang.
+    let make = || {
+        let mut c = tied("nice");
+        c.args(["make", "-C"]).arg(&dest).args(["LLVM=1", &jobs()]);
+        c
+    };
+    step(
+        "debug kernel: configuration",
+        &stamp("debug-kernel-config"),
+        &inputs,
+        || {
+            if !dest.join("Makefile").exists() {
+                tree(k, &dest)?;
+            }
+            append(&dest.join("drivers/Kconfig"), MODULE_KCONFIG)?;
+            let [from, to] = KOBJECT_DELAY;
+            replace(&dest.join("lib/kobject.c"), from, to)?;
+            append(&dest.join("mm/memory.c"), PTLOCK)?;
+            configure(&log, &make, &dest, "tinyconfig", &fragment)
+        },
+    )?;
+    step(
+        "debug kernel: build (tens of minutes)",
+        &stamp("debug-kernel"),
+        &inputs,
+        || run(&log, make().args(["bzImage", "modules"])),
+    )?;
+    Ok((debug_image(k), dest))
+}
+
+fn debug_tree(k: &Kernel) -> PathBuf {
+    cache(format!("debug-{}", k.slug()))
+}
+
+/// The image of [`debug_kernel`].
+pub fn debug_image(k: &Kernel) -> PathBuf {
+    debug_tree(k).join("arch/x86/boot/bzImage")
+}
+
+/// `target/module-sanitized/thinram.ko` for that kernel, a debug build.
+pub fn sanitized_module(k: &Kernel) -> Result<PathBuf> {
+    let (_, kdir) = debug_kernel(k)?;
+    let out = target("module-sanitized");
+    let log = target("module-sanitized.log");
+    make_module(&kdir, &out, &log, &["LLVM=1", "THINRAM_DEBUG=y"])
 }
 
 /// User-Mode Linux, built.
@@ -426,7 +490,7 @@ pub fn uml(k: &Kernel, kind: Uml) -> Result<PathBuf> {
     let dest = cache(format!("{name}-{}", k.slug()));
     let log = cache(format!("logs/{name}.log"));
     let fragment = kind.fragment()?;
-    let mut inputs = format!("{}\n{fragment}\n{UML_KCONFIG}{UML_CLOCK}", k.version);
+    let mut inputs = format!("{}\n{fragment}\n{MODULE_KCONFIG}{UML_CLOCK}", k.version);
     if kind == Uml::Kasan {
         inputs += &[UML_BSS, UML_FLUSH, KOBJECT_DELAY].concat().join("\n");
     }
@@ -454,7 +518,7 @@ pub fn uml(k: &Kernel, kind: Uml) -> Result<PathBuf> {
                 tree(k, &dest)?;
             }
             append(&dest.join("drivers/Makefile"), "\nobj-y += thinram/\n")?;
-            append(&dest.join("drivers/Kconfig"), UML_KCONFIG)?;
+            append(&dest.join("drivers/Kconfig"), MODULE_KCONFIG)?;
             append(&dest.join("arch/um/kernel/time.c"), UML_CLOCK)?;
             if kind == Uml::Kasan {
                 let [from, to] = UML_BSS;
@@ -545,15 +609,16 @@ pub fn module(k: &Kernel) -> Result<PathBuf> {
 
 /// Builds the module into `out` with further make variables.
 pub fn build_module(k: &Kernel, out: &Path, log: &Path, extra: &[&str]) -> Result<PathBuf> {
-    let kdir = kdir(k)?;
+    let release = format!("KERNELRELEASE={}", k.abi);
+    let all: Vec<&str> = [CC, &release].iter().chain(extra).copied().collect();
+    make_module(&kdir(k)?, out, log, &all)
+}
+
+fn make_module(kdir: &Path, out: &Path, log: &Path, variables: &[&str]) -> Result<PathBuf> {
     fs::create_dir_all(out)?;
     let mut make = tied("make");
-    make.arg("-C")
-        .arg(&kdir)
-        .args([CC, &jobs(), &format!("KERNELRELEASE={}", k.abi)]);
-    make.args(["M=/src", &format!("MO={}", out.display())])
-        .args(extra)
-        .arg("modules");
+    make.arg("-C").arg(kdir).arg(jobs()).args(variables);
+    make.args(["M=/src", &format!("MO={}", out.display()), "modules"]);
     run(log, &mut make)?;
     Ok(out.join("thinram.ko"))
 }

@@ -7,7 +7,7 @@ use crate::ktap::{self, Outcome, Test};
 use crate::report::{Kind, Suite};
 use crate::step::{run, say, tied};
 use crate::vm::{self, Job, Place};
-use crate::{check, instrumented, setup, soak};
+use crate::{check, inside, instrumented, setup, soak};
 use anyhow::Result;
 use std::path::Path;
 use std::time::Duration;
@@ -46,7 +46,7 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
     }
     let name = "stock kernel, 2 CPUs: scenarios";
     let smp = || {
-        let scenarios = Suite::run(Kind::Scenario, name, || smp(k));
+        let scenarios = Suite::run(Kind::Scenario, name, || smp(k, Place::SmpHost));
         let large = "stock kernel: each protection is missed";
         vec![
             scenarios,
@@ -56,7 +56,9 @@ pub fn all(k: &Kernel) -> Vec<Suite> {
     };
     // The one with guests has a single CPU.
     let (kvm, smp) = beside(name, smp, || {
-        Suite::run(Kind::Kvm, "stock kernel: KVM guests", || guests(k))
+        Suite::run(Kind::Kvm, "stock kernel: KVM guests", || {
+            guests(k, Place::KvmHost)
+        })
     });
     suites.extend(smp);
     suites.push(kvm);
@@ -245,7 +247,7 @@ fn sanitized(k: &Kernel) -> Vec<Suite> {
     let noticed = Suite::run(
         Kind::Scenario,
         "UML, sanitizers: the harness notices",
-        || noticed(k),
+        || noticed(k, "kasan-noticed", Place::UmlKasan),
     );
     vec![
         Suite::new(Kind::KUnit, names[0], units),
@@ -256,19 +258,22 @@ fn sanitized(k: &Kernel) -> Vec<Suite> {
 }
 
 /// Mistakes that a debug build makes when it is told so, and what a run is told of each.
-const MISTAKES: [(&str, &str); 2] = [
+const MISTAKES: [(&str, &str); 3] = [
     ("use_after_free", "KASAN: slab-use-after-free"),
     ("sleep", "sleeping function called from invalid context"),
+    ("leak", "objects were forgotten"),
 ];
 
 /// Whether each mistake makes a run on that kernel fail, and says which it was.
-fn noticed(k: &Kernel) -> Result<Vec<Test>> {
-    let words = MISTAKES.map(|(word, _)| word).join(" ");
+fn noticed(k: &Kernel, name: &str, place: Place) -> Result<Vec<Test>> {
+    // User-Mode Linux has the module built in, and never looks for what it forgot.
+    let mistakes = &MISTAKES[..if place.uml().is_some() { 2 } else { 3 }];
+    let words: Vec<&str> = mistakes.iter().map(|(word, _)| *word).collect();
     let script = format!(
-        "sh -c 'for word in {words}; do echo $word >/sys/kernel/debug/thinram/do_wrong; done; \
-         exec /src/scripts/vm/process --filter fs/create'"
+        "env DO_WRONG='{}' /src/scripts/vm/process --patience 30 --filter fs/create",
+        words.join(" ")
     );
-    let mut job = job("kasan-noticed", Place::UmlKasan, &script);
+    let mut job = job(name, place, &script);
     job.append += " panic_on_warn=0";
     let told: Vec<String> = vm::execute(k, &job)?
         .tests()
@@ -278,14 +283,14 @@ fn noticed(k: &Kernel) -> Result<Vec<Test>> {
             _ => None,
         })
         .collect();
-    let test = |(word, sign): (&str, &str)| {
+    let test = |(word, sign): &(&str, &str)| {
         if told.iter().any(|why| why.contains(sign)) {
-            Test::pass(word)
+            Test::pass(*word)
         } else {
-            Test::fail(word, format!("no failure says {sign:?}: {told:?}"))
+            Test::fail(*word, format!("no failure says {sign:?}: {told:?}"))
         }
     };
-    Ok(MISTAKES.map(test).into())
+    Ok(mistakes.iter().map(test).collect())
 }
 
 /// Takes one protection out at a time; the torture has to see corrupt data each time. What the
@@ -299,6 +304,82 @@ fn proofs(k: &Kernel) -> Result<Vec<Test>> {
          {scenario} prove --patience 2 --mount /run/thinram --disk /run/disk --scratch /dev/ubdb'"
     );
     prove(k, job("proofs", Place::UmlDebug, &script))
+}
+
+/// Everything of [`all`], then [`debug`], which takes hours.
+pub fn full(k: &Kernel) -> Vec<Suite> {
+    let mut suites = all(k);
+    suites.extend(debug(k, ""));
+    suites
+}
+
+/// A suite: its kind, its name, its work.
+type Named = (Kind, &'static str, fn(&Kernel) -> Result<Vec<Test>>);
+
+/// Those on the kernel that watches memory and locks.
+const DEBUG: [Named; 5] = [
+    (Kind::KUnit, "debug kernel: KUnit", debug_kunit),
+    (Kind::Scenario, "debug kernel: the harness notices", |k| {
+        noticed(k, "debug-noticed", Place::SmpDebug)
+    }),
+    (Kind::Scenario, "debug kernel: load and unload", debug_loads),
+    (Kind::Scenario, "debug kernel, 2 CPUs: scenarios", |k| {
+        smp(k, Place::SmpDebug)
+    }),
+    (Kind::Kvm, "debug kernel: KVM guests", |k| {
+        guests(k, Place::KvmDebug)
+    }),
+];
+
+/// The suites on the kernel that watches memory and locks whose names contain `filter`.
+pub fn debug(k: &Kernel, filter: &str) -> Vec<Suite> {
+    let build = Suite::run(Kind::Host, "module for the debug kernel", || {
+        setup::sanitized_module(k)?;
+        programs()?;
+        Ok(vec![Test::pass("kernel and module build")])
+    });
+    let built = build.good();
+    let mut suites = vec![build];
+    if !built {
+        return suites;
+    }
+    for (kind, name, work) in DEBUG {
+        if name.contains(filter) {
+            suites.push(Suite::run(kind, name, || work(k)));
+        }
+    }
+    if suites.len() == 1 {
+        let test = Test::fail("filter", format!("no name has {filter:?} in it"));
+        suites.push(Suite::new(Kind::Host, "debug kernel", vec![test]));
+    }
+    suites
+}
+
+/// The module comes and goes, and its objects with DEBUG_KOBJECT_RELEASE later than it let them go.
+fn debug_loads(k: &Kernel) -> Result<Vec<Test>> {
+    let script = "env LOADS=50 /src/scripts/vm/process --patience 30 --filter fs/create";
+    Ok(vm::execute(k, &job("debug-loads", Place::SmpDebug, script))?.tests())
+}
+
+/// The suites of KUnit in the debug kernel: a module's run when it is loaded.
+fn debug_kunit(k: &Kernel) -> Result<Vec<Test>> {
+    // Before that the kernel's log has the results of none, of the kernel itself.
+    let begins = "thinram: KUnit suites come next";
+    let script = format!(
+        "sh -c 'echo {begins} >/dev/kmsg; \
+         insmod /src/target/module-sanitized/thinram.ko && rmmod thinram'"
+    );
+    let run = vm::execute(
+        k,
+        &Job {
+            append: format!("{KUNIT} loglevel=7"),
+            ..job("debug-kunit", Place::SmpDebug, &script)
+        },
+    )?;
+    let log = run.kernel_log.split_once(begins);
+    let mut tests = ktap::parse(log.map_or("", |(_, log)| log));
+    tests.extend(run.health());
+    Ok(tests)
 }
 
 /// Runs such a job: it may bring warnings of the kernel, but has to end.
@@ -362,9 +443,13 @@ fn order_is_known(run: &vm::Outcome) -> Test {
 /// Only this module's suites; a plan of nothing is a failure.
 const KUNIT: &str = "kunit.filter_glob=thinram*";
 
-fn smp(k: &Kernel) -> Result<Vec<Test>> {
-    let script = "/src/scripts/vm/process --patience 15 --scale 0.3";
-    Ok(vm::execute(k, &job("smp-scenarios", Place::SmpHost, script))?.tests())
+fn smp(k: &Kernel, place: Place) -> Result<Vec<Test>> {
+    let (name, patience) = match place {
+        Place::SmpDebug => ("debug-scenarios", 30),
+        _ => ("smp-scenarios", 15),
+    };
+    let script = format!("/src/scripts/vm/process --patience {patience} --scale 0.3");
+    Ok(vm::execute(k, &job(name, place, &script))?.tests())
 }
 
 /// The same as [`proofs`] for what User-Mode Linux has not: pages of 2 MiB.
@@ -436,23 +521,33 @@ fn panicked(run: &vm::Outcome) -> Test {
     }
 }
 
-fn guests(k: &Kernel) -> Result<Vec<Test>> {
+fn guests(k: &Kernel, place: Place) -> Result<Vec<Test>> {
     vm::guests(k)?;
-    let script = "/src/target/sysroot/release/xtask inside guests";
-    Ok(vm::execute(k, &job("kvm-guests", Place::KvmHost, script))?.tests())
+    let (name, rounds) = match place {
+        // With what takes long.
+        Place::KvmDebug => ("debug-guests", inside::ROUNDS + 1),
+        _ => ("kvm-guests", inside::ROUNDS),
+    };
+    let script = format!("/src/target/sysroot/release/xtask inside guests --rounds {rounds}");
+    Ok(vm::execute(k, &job(name, place, &script))?.tests())
 }
 
 /// A job of the size that the suites need. What hangs has limits of its own; a machine that others
 /// use as well may take several times as long as an idle one.
 fn job(name: &str, place: Place, script: &str) -> Job {
-    let uml = place.uml().is_some();
-    let append = if uml { "kunit.enable=0" } else { "" };
+    // KUnit is built in everywhere but in the stock kernel.
+    let (append, minutes, memory_mib) = match place {
+        Place::Uml | Place::UmlDebug | Place::UmlKasan => ("kunit.enable=0", 30, 2048),
+        Place::SmpHost | Place::KvmHost | Place::KvmCounted => ("", 60, 2048),
+        // KASAN takes an eighth of the memory, and keeps what was freed for a while.
+        Place::SmpDebug | Place::KvmDebug => ("kunit.enable=0", 6 * 60, 3072),
+    };
     Job {
         name: name.into(),
         place,
         script: format!("exec {script}\n"),
-        timeout: if uml { 30 * MINUTE } else { 60 * MINUTE },
-        memory_mib: 2048,
+        timeout: minutes * MINUTE,
+        memory_mib,
         append: append.into(),
         stream: false,
         scratch: None,

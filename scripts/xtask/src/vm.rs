@@ -43,6 +43,10 @@ pub enum Place {
     UmlDebug,
     /// That module on User-Mode Linux with KASAN, lockdep and what else watches a kernel.
     UmlKasan,
+    /// The same watching on x86_64, with two CPUs as `smp-host`.
+    SmpDebug,
+    /// On x86_64 with /dev/kvm, as `kvm-host`.
+    KvmDebug,
 }
 
 impl Place {
@@ -52,8 +56,22 @@ impl Place {
             Place::Uml => Some(setup::Uml::Plain),
             Place::UmlDebug => Some(setup::Uml::Debug),
             Place::UmlKasan => Some(setup::Uml::Kasan),
-            Place::KvmHost | Place::KvmCounted | Place::SmpHost => None,
+            Place::KvmHost
+            | Place::KvmCounted
+            | Place::SmpHost
+            | Place::SmpDebug
+            | Place::KvmDebug => None,
         }
+    }
+
+    /// Two CPUs with a NUMA node each, and no guests.
+    fn is_smp(self) -> bool {
+        matches!(self, Place::SmpHost | Place::SmpDebug)
+    }
+
+    /// The kernel made here, not the stock one.
+    fn is_debug(self) -> bool {
+        matches!(self, Place::SmpDebug | Place::KvmDebug)
     }
 }
 
@@ -327,7 +345,7 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
         "-no-reboot",
     ]);
     let counted = job.place == Place::KvmCounted;
-    let nested = job.place == Place::KvmHost || counted;
+    let nested = !job.place.is_smp();
     let native = match hardware {
         _ if counted => false,
         Hardware::None => false,
@@ -348,7 +366,7 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
         c.args(["-cpu", "EPYC,+x2apic"]);
     }
     c.args(["-m", &format!("{}M", job.memory_mib)]);
-    if job.place == Place::SmpHost {
+    if job.place.is_smp() {
         // An IOMMU, and a device that nobody needs: for VFIO.
         c.args(["-device", "intel-iommu", "-device", "edu"]);
         // A NUMA node for each CPU: two sockets, or the kernel warns of a cache over nodes.
@@ -362,10 +380,17 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
     } else {
         c.args(["-smp", if native { "2" } else { "1" }]);
     }
-    c.arg("-kernel")
-        .arg(k.vmlinuz())
-        .arg("-initrd")
-        .arg(host_initramfs(k)?);
+    let root = if job.place.is_debug() {
+        // It has what the stock kernel gets from an initramfs. Checks of slabs (F) leave each CPU without
+        // its list of free objects, in which kmemleak sees pointers to what was handed out long ago.
+        c.arg("-kernel").arg(setup::debug_image(k));
+        "root=root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,msize=512000,cache=mmap \
+         rw init=/src/scripts/vm/init slab_debug=F"
+    } else {
+        c.arg("-kernel").arg(k.vmlinuz());
+        c.arg("-initrd").arg(host_initramfs(k)?);
+        ""
+    };
     // The root stays reachable while devices are suspended: its driver cannot start anew.
     c.args([
         "-fsdev",
@@ -400,7 +425,7 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
     // An emulated timer that comes late on a busy machine is no reason to stop at.
     c.arg("-append").arg(format!(
         "console=ttyS0 panic=-1 panic_on_warn=1 oops=panic no_timer_check loglevel=6 thinram.dir={} \
-         thinram.out=/dev/ttyS1 {} {}",
+         thinram.out=/dev/ttyS1 {root} {} {}",
         dir.display(),
         if counted { COUNTED } else { "" },
         job.append
