@@ -241,14 +241,14 @@ fn sparse(ctx: &Ctx) -> Result<()> {
         eq("sum of zeroes", sum, 0)
     })?;
     child.expect_ok(ctx.limit(20.0))?;
-    let at_most = |what: &str, most: u64| {
+    let at_most = |what: &str, name: &str| {
         ctx.until(what, 10.0, || {
-            let pages = group.kernel_pages()?;
-            Ok((pages < most, format!("{pages} pages")))
+            let pages = group.get("memory.stat", name)? / PAGE as u64;
+            Ok((pages < SLACK, format!("{pages} pages")))
         })
     };
-    // Page tables go with the process, after a grace period of RCU.
-    at_most("its page tables are gone", TABLES + SLACK)?;
+    // They are as many, and go with the process, after a grace period of RCU.
+    at_most("its page tables are gone", "pagetables")?;
     let kept = group.kernel_pages()?;
     that(
         format!("{TABLES} tables of a page each are charged: {kept}"),
@@ -256,7 +256,7 @@ fn sparse(ctx: &Ctx) -> Result<()> {
     )?;
     fs::remove_file(&guest.path)?;
     drop(guest);
-    at_most("nothing stays after the file", SLACK)
+    at_most("nothing stays after the file", "kernel")
 }
 
 fn compressed(ctx: &Ctx) -> Result<()> {
