@@ -309,10 +309,11 @@ fn allocate(file: &Open<'_>, mode: c_int, offset: i64, len: i64) -> Result {
             Ok(())
         }
         0 | KEEP_SIZE => {
+            // The process's limit, as on tmpfs also where the length stays.
+            // SAFETY: The inode is alive and locked.
+            to_result(unsafe { bindings::inode_newsize_ok(file.inode, end) })?;
             let size_before = file.size();
             if mode == 0 && to > size_before {
-                // SAFETY: The inode is alive and locked.
-                to_result(unsafe { bindings::inode_newsize_ok(file.inode, end) })?;
                 file.resize(end)?;
             }
             let to = to.min(file.size()).div_ceil(PAGE);

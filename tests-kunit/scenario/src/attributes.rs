@@ -54,8 +54,10 @@ fn file_size_limit(ctx: &Ctx) -> Result<()> {
         sys::ignore(Signal::SIGXFSZ)?;
         setrlimit(Resource::RLIMIT_FSIZE, most, most)?;
         fails("ftruncate", file.set_len(most + 1), Errno::EFBIG)?;
-        let done = sys::fallocate(&file, 0, 0, most as i64 + 1);
-        fails("fallocate", done, Errno::EFBIG)?;
+        for mode in [0, libc::FALLOC_FL_KEEP_SIZE] {
+            let done = sys::fallocate(&file, mode, 0, most as i64 + 1);
+            fails(format!("fallocate, mode {mode}"), done, Errno::EFBIG)?;
+        }
         let done = file.write_at(b"x", most);
         fails("write", done, Errno::EFBIG)?;
         eq("length", file.metadata()?.len(), 4 * page)?;
