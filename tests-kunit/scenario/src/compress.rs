@@ -287,6 +287,10 @@ fn same_filled(ctx: &Ctx) -> Result<()> {
     guest.is_zero(256, 300)
 }
 
+/// What a pool may have beyond its cap while pages are tried: the kernel's pools grow by up to eight pages
+/// for an object, and only then is it seen that this is too much, and given back.
+pub const TRIED_KB: u64 = 32;
+
 fn cap(ctx: &Ctx) -> Result<()> {
     const PAGES: usize = 4096;
     let size = 4 * PAGES as u64;
@@ -298,8 +302,9 @@ fn cap(ctx: &Ctx) -> Result<()> {
     force(ctx, "hard")?;
     ctx.until_least("compressions_refused_pool_full", refused + 1, SOON)?;
     let pool = vm.get("compressed_pool_kb")?;
-    // Up to the cap, which is never exceeded: half of it at least is used.
-    within("compressed_pool_kb at 10 %", pool, size / 20, size / 10)?;
+    // Up to the cap; half of it at least is used.
+    let most = size / 10 + TRIED_KB;
+    within("compressed_pool_kb at 10 %", pool, size / 20, most)?;
     within(
         "compressed_kb",
         vm.get("compressed_kb")?,
@@ -323,7 +328,7 @@ fn cap(ctx: &Ctx) -> Result<()> {
         "compressed_pool_kb at 20 %",
         vm.get("compressed_pool_kb")?,
         0,
-        size / 5,
+        size / 5 + TRIED_KB,
     )?;
     // Lowered: pages come back in the background, though the host stays hard.
     sys.set("compress_max_percent", 5)?;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{ensure, Context, Result};
 
 use crate::check::{eq, page_is, within};
+use crate::compress::TRIED_KB;
 use crate::content;
 use crate::contention::force;
 use crate::ctx::{Ctx, Guest};
@@ -220,7 +221,7 @@ fn attempt_writeback(ctx: &Ctx, name: &str, swap: bool) -> Result<()> {
         "compressed_pool_kb",
         vm.get("compressed_pool_kb")?,
         0,
-        size * percent / 100,
+        size * percent / 100 + TRIED_KB,
     )?;
     force(ctx, "none")?;
     holds(&guest, &counting())
