@@ -819,20 +819,22 @@ impl Registry {
         Some((region, page_id as usize % SLOTS))
     }
 
-    /// The word of a page, without a reference to its region: the index is locked, where none may be the
-    /// last one to go.
+    /// The word of a page.
     pub(crate) fn peek(&self, page_id: u32) -> Option<Slot> {
-        let table = self.table.lock();
-        let region = table.regions.get((page_id / SLOTS as u32) as usize)?;
-        Some(region.as_ref()?.peek(page_id as usize % SLOTS))
+        self.look(page_id, Region::peek)
     }
 
-    /// Makes the next pass hash a page again; without a reference to its region, as [`Registry::peek`].
+    /// A page lost its hint: the next pass hashes it again, so that no pair is missed for ever.
     pub(crate) fn forget_stable(&self, page_id: u32) {
+        self.look(page_id, Region::forget_stable);
+    }
+
+    /// What `f` says of a page, without a reference to its region: the index is locked, where none may be
+    /// the last one to go.
+    fn look<T>(&self, page_id: u32, f: impl FnOnce(&Region, usize) -> T) -> Option<T> {
         let table = self.table.lock();
-        if let Some(Some(region)) = table.regions.get((page_id / SLOTS as u32) as usize) {
-            region.forget_stable(page_id as usize % SLOTS);
-        }
+        let region = table.regions.get((page_id / SLOTS as u32) as usize)?;
+        Some(f(region.as_ref()?, page_id as usize % SLOTS))
     }
 
     /// Regions that there are.

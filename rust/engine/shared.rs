@@ -569,7 +569,7 @@ impl SharedIndex {
             self.expect_doubles();
             if let StableOutcome::Evicted(owner) = inner.catalog.insert_stable(key.hash, id) {
                 drop(inner);
-                forget_owner(registry, owner);
+                registry.forget_stable(owner);
             }
         }
         Ok(sharers)
@@ -600,7 +600,7 @@ impl SharedIndex {
         let left = hints::leave(&mut inner.catalog, (hash, page_id), purge, registry);
         drop(inner);
         if let Some(owner) = left.evicted {
-            forget_owner(registry, owner);
+            registry.forget_stable(owner);
         }
         left.placed
     }
@@ -661,7 +661,7 @@ impl SharedIndex {
                 while let Some(displaced) = catalog.pop_displaced() {
                     // A record without an entry still works; only newcomers cannot find it.
                     if let Entry::Hint(owner) = displaced {
-                        forget_owner(registry, owner);
+                        registry.forget_stable(owner);
                     }
                 }
                 if !grew {
@@ -740,11 +740,6 @@ impl SharedIndex {
                 ),
         }
     }
-}
-
-/// A page lost its hint: let the next pass hash it again, so that no pair is missed for ever.
-fn forget_owner(registry: &Registry, page_id: u32) {
-    registry.forget_stable(page_id);
 }
 
 impl Pages for Registry {
