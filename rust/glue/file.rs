@@ -8,6 +8,7 @@ use crate::{
         backing::{Backing, PAGE},
         data::{self, Readable},
     },
+    logic::counts::pages_to_kb,
     sys::{bindings, task},
 };
 use kernel::{
@@ -81,8 +82,8 @@ impl<'a> Open<'a> {
         mount.resize(old, new).inspect_err(|_| {
             if task::may_log() {
                 let (limit, used) = mount.usage();
-                let kb = |pages: u64| pages.saturating_mul(PAGE / 1024);
-                let (limit, used, more) = (kb(limit), kb(used), kb(new.saturating_sub(old)));
+                let more = new.saturating_sub(old);
+                let [limit, used, more] = [limit, used, more].map(pages_to_kb);
                 pr_warn!("{more} KiB more were refused: of size={limit}k, {used} are taken\n");
             }
         })?;

@@ -8,7 +8,10 @@ use super::{
 };
 use crate::{
     engine::{backing::PAGE, host::Host, vm::VmDefaults},
-    logic::tunables::{self, Knob, LargePages, Shown, Takes},
+    logic::{
+        counts::pages_to_kb,
+        tunables::{self, LargePages, Shown, Takes},
+    },
     sys::{bindings, swapio::SwapDir},
 };
 use core::ptr::NonNull;
@@ -189,9 +192,8 @@ unsafe fn parse(
             OPT_SHARE => options.share = Some(bindings::thinram_result_bool(value)),
             OPT_SCAN_PAGES => {
                 let name = "scan_pages_per_sec";
-                let pages = Knob::find_vm(name)
-                    .and_then(|knob| knob.parse(text).ok())
-                    .ok_or_else(|| refuse_value(fc, name, text))?;
+                let pages =
+                    super::sysfs::vm_knob(name, text).map_err(|_| refuse_value(fc, name, text))?;
                 options.scan_pages_per_sec = Some(pages);
             }
             OPT_LARGE_PAGES => {
@@ -334,8 +336,7 @@ fn remount(
     }
     if let Some(pages) = options.size_pages {
         mount.set_limit(pages).map_err(|_| {
-            let kb = |pages: u64| pages.saturating_mul(PAGE / 1024);
-            let (new, used) = (kb(pages), kb(mount.usage().1));
+            let (new, used) = (pages_to_kb(pages), pages_to_kb(mount.usage().1));
             refuse(fc, fmt!("size={new}k is less than the files have: {used}k"))
         })?;
     }
@@ -412,7 +413,7 @@ unsafe extern "C" fn thinram_rs_show_options(
     };
     let (limit, _) = mount.usage();
     if limit != 0 {
-        kernel::seq_print!(out, ",size={}k", limit.saturating_mul(PAGE / 1024));
+        kernel::seq_print!(out, ",size={}k", pages_to_kb(limit));
     }
     kernel::seq_print!(out, ",mode={:04o}", mount.mode);
     if let Some(uid) = mount.owner.0 {

@@ -41,17 +41,16 @@ fn refused(bad: BadValue) -> Error {
 }
 
 fn knob(name: &str, bytes: &[u8]) -> Result<u64> {
-    Knob::find(name)
-        .ok_or(EINVAL)?
-        .parse(bytes)
-        .map_err(refused)
+    taken(Knob::find(name), bytes)
 }
 
-fn vm_knob(name: &str, bytes: &[u8]) -> Result<u64> {
-    Knob::find_vm(name)
-        .ok_or(EINVAL)?
-        .parse(bytes)
-        .map_err(refused)
+/// The value of a VM's number, from its file or a mount option.
+pub(super) fn vm_knob(name: &str, bytes: &[u8]) -> Result<u64> {
+    taken(Knob::find_vm(name), bytes)
+}
+
+fn taken(knob: Option<&Knob>, bytes: &[u8]) -> Result<u64> {
+    knob.ok_or(EINVAL)?.parse(bytes).map_err(refused)
 }
 
 impl<T> File<T> {
