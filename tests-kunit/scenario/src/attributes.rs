@@ -81,12 +81,11 @@ fn set_id(ctx: &Ctx) -> Result<()> {
     let mount = ctx.mount("m", "size=16M")?;
     let file = mount.file("web", "ram", 4)?;
     let path = mount.at("web/ram");
-    let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     let page = PAGE as i64;
     let calls: [(&str, &dyn Fn() -> Result<()>); 4] = [
         ("write", &|| Ok(file.write_all_at(b"x", 0)?)),
         ("ftruncate", &|| Ok(file.set_len(2 * PAGE as u64)?)),
-        ("a hole", &|| Ok(sys::fallocate(&file, hole, 0, page)?)),
+        ("a hole", &|| Ok(sys::punch(&file, 0, PAGE as u64)?)),
         ("fallocate", &|| Ok(sys::fallocate(&file, 0, 0, page)?)),
     ];
     for (what, call) in calls {
@@ -122,7 +121,6 @@ fn times(ctx: &Ctx) -> Result<()> {
     let mount = ctx.mount("m", "size=16M")?;
     let file = mount.file("web", "ram", 4)?;
     let path = mount.at("web/ram");
-    let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     let page = PAGE as i64;
     let mut byte = [0];
     let seen = |what: &str, accessed, changed, f: &mut dyn FnMut() -> Result<()>| {
@@ -154,7 +152,7 @@ fn times(ctx: &Ctx) -> Result<()> {
         Ok(sys::fallocate(&file, 0, 0, 4 * page)?)
     })?;
     seen("a hole", false, true, &mut || {
-        Ok(sys::fallocate(&file, hole, 0, page)?)
+        Ok(sys::punch(&file, 0, PAGE as u64)?)
     })?;
     seen("nothing", false, false, &mut || Ok(()))
 }
