@@ -65,9 +65,9 @@ pub const GROW_STABLE_PERCENT: u64 = 70;
 /// No stable entry is taken above this, for then growth would not find places for all of them.
 pub const STABLE_MAX_PERCENT: u64 = 85;
 
-/// Hints of a full group that make no way for stable entries: without any, its contents would never
-/// find their equals.
-const HINTS_KEPT: usize = 2;
+/// Places of a group that stable entries leave to hints: without one, its other contents would never
+/// find their equals. With one, each has its turn.
+const HINTS_KEPT: usize = 1;
 
 const COLUMNS_MIN: u32 = 8;
 const COLUMNS_MAX: u32 = 16;
@@ -214,11 +214,6 @@ impl<const N: usize, const W: usize, const H: usize> Shelf<N, W, H> {
     }
 
     #[inline]
-    fn hints(&self) -> usize {
-        self.used().saturating_sub(self.stables())
-    }
-
-    #[inline]
     fn is_full(&self) -> bool {
         self.used() >= N
     }
@@ -280,6 +275,18 @@ impl<const N: usize, const W: usize, const H: usize> Shelf<N, W, H> {
         }
     }
 
+    /// Whether one more of this kind has a free place.
+    #[inline]
+    fn has_place(&self, stable: bool) -> bool {
+        !self.is_full() && !(stable && self.is_kept_for_hints())
+    }
+
+    /// Whether all places left are the hints'.
+    #[inline]
+    fn is_kept_for_hints(&self) -> bool {
+        H == 0 && self.stables() >= N - HINTS_KEPT
+    }
+
     /// Fills `to` with what is at `from`.
     fn copy(&mut self, from: usize, to: usize) {
         if let Some(item) = self.get(from) {
@@ -290,7 +297,7 @@ impl<const N: usize, const W: usize, const H: usize> Shelf<N, W, H> {
     /// Gives an entry a free place; false without one.
     #[inline]
     fn push(&mut self, item: Item) -> bool {
-        if self.is_full() {
+        if !self.has_place(item.stable) {
             return false;
         }
         let mut at = self.used();
@@ -340,7 +347,7 @@ impl<const N: usize, const W: usize, const H: usize> Shelf<N, W, H> {
 
     /// Gives an entry the place of the hint whose turn is farthest, unless that is its own.
     fn swap_hint(&mut self, item: Item, turn: u16) -> Option<Item> {
-        if item.stable && H == 0 && self.hints() <= HINTS_KEPT {
+        if item.stable && self.is_kept_for_hints() {
             return None;
         }
         // Rank and place in one number, so that the least is found without branches.
@@ -471,12 +478,10 @@ impl GroupPage {
     /// Takes entries back from the spill as far as the group has room.
     fn refill(&mut self, number: u32) {
         let home = place_in_page(number) as u8;
-        while self
-            .group(number)
-            .is_some_and(|group| group.spilled > 0 && !group.is_full())
-        {
+        while let Some(group) = self.group(number).filter(|group| group.spilled > 0) {
+            let may_return = |item: Item| item.home == home && group.has_place(item.stable);
             let used = self.spill.used();
-            let at = (0..used).find(|&at| self.spill.homes.get(at) == Some(&home));
+            let at = (0..used).find(|&at| self.spill.get(at).is_some_and(may_return));
             let Some(item) = at.and_then(|at| self.spill.take(at)) else {
                 return;
             };
@@ -866,7 +871,7 @@ impl<S: PageStore> Catalog<S> {
         };
         let hint = Entry::Hint(hint);
         if let Some(at) = group.find(tag, hint, 0) {
-            if group.is_full() && group.hints() <= HINTS_KEPT {
+            if group.is_kept_for_hints() {
                 return false;
             }
             group.make_stable(at, record);

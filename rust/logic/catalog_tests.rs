@@ -197,7 +197,8 @@ impl Model {
             let spilled = (0..page.spill.used()).filter_map(|at| page.spill.get(at));
             let spilled: Vec<_> = spilled.filter(|item| item.home == home).collect();
             assert_eq!(usize::from(group.spilled), spilled.len());
-            assert!(spilled.is_empty() || group.is_full());
+            let has_place = |item: &Item| group.has_place(item.stable);
+            assert!(!spilled.iter().any(has_place), "spilled without need");
             spilled.into_iter().for_each(|item| meet(item, number));
         }
         catalog
@@ -318,6 +319,34 @@ fn a_full_group_drops_hints_but_no_stable_entry() {
     // Of another group's, room in the spill is all that counts.
     assert_eq!(model.insert_hint(0xffff_0000), HintOutcome::Placed);
     model.check();
+}
+
+#[test]
+fn contents_meet_in_a_group_full_of_stable_entries() {
+    let mut model = Model::new();
+    model.grow(true);
+    // Column 0, and no place in the spill for what it has too much.
+    let tags = 0..(GROUP_ENTRIES + SPILL_ENTRIES) as u64;
+    let placed = tags.filter(|tag| model.insert_stable(tag << TAG_SHIFT) == StableOutcome::Placed);
+    assert_eq!(placed.count(), GROUP_ENTRIES - HINTS_KEPT + SPILL_ENTRIES);
+    // Two pages each: the first leaves its hint, the second comes by later in the pass.
+    let mut apart: Vec<u64> = (100..105).map(|tag| tag << TAG_SHIFT).collect();
+    for _pass in 0..200 {
+        for &hash in &apart {
+            model.insert_hint(hash);
+        }
+        let is_hint = |entry: Entry| !entry.is_stable();
+        apart.retain(|&hash| {
+            let hint = model.catalog.lookup(hash).find(|&entry| is_hint(entry));
+            hint.is_none_or(|hint| {
+                model.remove(hint);
+                false
+            })
+        });
+        model.check();
+        model.catalog.end_pass();
+    }
+    assert_eq!(apart, [0; 0], "never met");
 }
 
 #[test]
@@ -451,11 +480,12 @@ fn what_has_no_place_after_a_step_is_kept_aside_or_told() {
     model.grow(true);
     // All of columns 0 and 1 fall into the second of two rows: more than that can hold.
     let odd = |tag: u64| (tag << TAG_SHIFT) | 1;
-    let alike = GROUP_ENTRIES + SPILL_ENTRIES;
+    let stable_places = GROUP_ENTRIES - HINTS_KEPT;
+    let alike = stable_places + SPILL_ENTRIES;
     for tag in 0..alike as u64 {
         assert_eq!(model.insert_stable(odd(tag)), StableOutcome::Placed);
     }
-    for tag in 0..GROUP_ENTRIES as u64 {
+    for tag in 0..stable_places as u64 {
         assert_eq!(
             model.insert_stable(odd(0x1000 + tag)),
             StableOutcome::Placed
@@ -468,7 +498,7 @@ fn what_has_no_place_after_a_step_is_kept_aside_or_told() {
     }
     assert!(model.grow(true));
     assert_eq!(model.catalog.stash.len, STASH_ENTRIES);
-    let surplus = alike + GROUP_ENTRIES - (GROUP_ENTRIES + SPILL_ENTRIES + STASH_ENTRIES);
+    let surplus = alike + stable_places - (stable_places + SPILL_ENTRIES + STASH_ENTRIES);
     assert_eq!(model.displaced, surplus as u64);
     model.check();
     // What is kept aside can be removed, and finds a place as soon as there is one.
