@@ -16,6 +16,7 @@ use nix::mount::{mount, umount, umount2, MntFlags, MsFlags};
 
 use crate::check::{self, skip};
 use crate::content;
+use crate::harness::comment;
 use crate::sys::{self, Map, PAGE, RW};
 use crate::sysfs::{Sys, Vm};
 
@@ -149,6 +150,14 @@ impl Ctx {
                 return Ok(());
             }
             if start.elapsed() > limit {
+                if self.sys().exists() {
+                    let second = Duration::from_secs(1);
+                    let counting = self.sys().counting(second)?;
+                    comment(&format!(
+                        "state {}, in a second: {counting}",
+                        self.sys().word("state")?
+                    ));
+                }
                 bail!("after {limit:?}: expected {what}, seen {seen}");
             }
             std::thread::sleep(Duration::from_millis(5));

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 
@@ -134,6 +136,33 @@ impl Sys {
         }
         names.sort();
         Ok(names)
+    }
+
+    /// What counts within `time`, to say why a wait is in vain: `full_scans +12, ..`.
+    pub fn counting(&self, time: Duration) -> Result<String> {
+        let before = self.numbers()?;
+        thread::sleep(time);
+        let grown: Vec<String> = self
+            .numbers()?
+            .into_iter()
+            .filter_map(|(name, now)| {
+                let more = now.checked_sub(*before.get(&name)?)?;
+                (more > 0).then(|| format!("{name} +{more}"))
+            })
+            .collect();
+        Ok(grown.join(", "))
+    }
+
+    /// Every file of the host that is a number.
+    fn numbers(&self) -> Result<BTreeMap<String, u64>> {
+        let files = fs::read_dir(&self.dir).with_context(|| format!("list {}", self.dir.display()));
+        let number = |entry: io::Result<fs::DirEntry>| {
+            let entry = entry.ok()?;
+            let text = fs::read_to_string(entry.path()).ok()?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            Some((name, text.trim().parse().ok()?))
+        };
+        Ok(files?.filter_map(number).collect())
     }
 
     /// The present value of every control that this module has.
