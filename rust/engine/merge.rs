@@ -232,7 +232,8 @@ fn join(
 pub(crate) fn unite(host: &Host, guard: &mut RegionGuard<'_>, index: usize, rules: Rules) {
     let slot = guard.slot(index);
     let scope = guard.region().vm().scope();
-    let Some((old, hash)) = host.index().frame_and_hash(slot.record(), scope) else {
+    let known = (host.index()).frame_and_hash(slot.record(), scope, host.registry());
+    let Some((old, hash)) = known else {
         return;
     };
     let mut candidates = [None; CANDIDATES];

@@ -533,13 +533,29 @@ impl SharedIndex {
     }
 
     /// The frame of a record that the caller's slot is a sharer of, and the hash that it was
-    /// published under; `None` for a record of another scope or without a frame.
-    pub(crate) fn frame_and_hash(&self, id: u32, scope: Scope) -> Option<(Frame, u64)> {
-        let inner = self.lock();
+    /// published under; `None` for a record of another scope or without a frame. One that got no entry,
+    /// for want of room, is entered if there is some now.
+    pub(crate) fn frame_and_hash(
+        &self,
+        id: u32,
+        scope: Scope,
+        registry: &Registry,
+    ) -> Option<(Frame, u64)> {
+        let mut inner = self.lock();
         let Held::Frame(page) = inner.records.held(id)? else {
             return None;
         };
-        (page.label().scope == scope.0).then(|| (page.get(), page.label().hash))
+        let label = page.label();
+        if label.scope != scope.0 {
+            return None;
+        }
+        let frame = page.get();
+        let entered = inner.catalog.insert_stable(label.hash, id);
+        drop(inner);
+        if let StableOutcome::Evicted(owner) = entered {
+            registry.forget_stable(owner);
+        }
+        Some((frame, label.hash))
     }
 
     /// Whether the record has one sharer, and a frame: a packed one is left in peace.
@@ -565,7 +581,7 @@ impl SharedIndex {
         let sharers = inner.records.publish(frame, key.label())?;
         let id = sharers.0.record();
         if !inner.catalog.promote(key.hash, page_id, id) {
-            // Without an entry the record still works; only newcomers cannot find it.
+            // Without an entry the record still works; only newcomers cannot find it yet.
             self.expect_doubles();
             if let StableOutcome::Evicted(owner) = inner.catalog.insert_stable(key.hash, id) {
                 drop(inner);
@@ -630,15 +646,17 @@ impl SharedIndex {
     }
 
     /// Makes room: called by the scanner between pages, with no region locked. The catalog grows
-    /// while it has fewer places than there are contents it may have to hold (`contents`).
+    /// while it has fewer places than there are contents it may have to hold (`contents`), or is
+    /// crowded with those of shared pages.
     pub(crate) fn maintain(&self, registry: &Registry, contents: u64) -> Result {
         loop {
             let mut inner = self.lock();
             inner.has_stale = inner.catalog.entries() > contents.saturating_add(contents / 16);
             let wants_records = inner.records.table().free() < ROOM;
+            let catalog = &inner.catalog;
+            let places = catalog.capacity().saturating_mul(GROW_PERCENT);
             let too_small = protect::armed(protect::Protection::IndexGrowth)
-                && inner.catalog.capacity().saturating_mul(GROW_PERCENT)
-                    < contents.saturating_mul(100);
+                && (catalog.is_crowded() || places < contents.saturating_mul(100));
             let wants_groups =
                 inner.catalog.wants_page() && (too_small || inner.catalog.capacity() == 0);
             let wants_growth = inner.catalog.wants_growth() && too_small;
@@ -659,7 +677,7 @@ impl SharedIndex {
                     hint => hints::bits_of_entry(registry, hint),
                 });
                 while let Some(displaced) = catalog.pop_displaced() {
-                    // A record without an entry still works; only newcomers cannot find it.
+                    // A record without an entry still works; only newcomers cannot find it yet.
                     if let Entry::Hint(owner) = displaced {
                         registry.forget_stable(owner);
                     }

@@ -74,8 +74,11 @@ const COLUMNS_MAX: u32 = 16;
 /// Enough for 2^30 groups.
 const LEVEL_MAX: u32 = 26;
 const TAG_SHIFT: u32 = 16;
-/// Stable entries that a growth step found no place for.
-const STASH_ENTRIES: usize = 16;
+/// Stable entries that insertion or a growth step found no place for.
+const STASH_ENTRIES: usize = 24;
+/// So many of them at most were inserted: in a table of tens of thousands of entries hardly any other
+/// finds its page full, and each look-up of a larger one passes them.
+const STASH_INSERTED: usize = 8;
 /// The most entries that one step moves: all of two groups, their spills, and the stash.
 const MOVED_MAX: usize = 2 * (GROUP_ENTRIES + SPILL_ENTRIES) + STASH_ENTRIES;
 
@@ -124,8 +127,8 @@ pub enum StableOutcome {
     Placed,
     /// It has the place of this page's hint, which is gone.
     Evicted(u32),
-    /// There is no page yet, stable entries fill the group or [`STABLE_MAX_PERCENT`] of the table,
-    /// or [`SAME_TAG_MAX`] have that tag.
+    /// There is no page yet, stable entries fill the group, its spill and what may be kept aside, or
+    /// [`STABLE_MAX_PERCENT`] of the table, or [`SAME_TAG_MAX`] have that tag.
     Refused,
 }
 
@@ -278,7 +281,7 @@ impl<const N: usize, const W: usize, const H: usize> Shelf<N, W, H> {
     /// Whether one more of this kind has a free place.
     #[inline]
     fn has_place(&self, stable: bool) -> bool {
-        !self.is_full() && !(stable && self.is_kept_for_hints())
+        !(self.is_full() || stable && self.is_kept_for_hints())
     }
 
     /// Whether all places left are the hints'.
@@ -798,13 +801,20 @@ impl<S: PageStore> Catalog<S> {
             return StableOutcome::Refused;
         };
         let outcome = match page.settle(number, item, self.turn) {
-            Settled::Placed => {
-                self.entries = self.entries.saturating_add(1);
+            Settled::Placed => StableOutcome::Placed,
+            Settled::Evicted(page) => StableOutcome::Evicted(page),
+            Settled::NoRoom if self.stash.len < STASH_INSERTED => {
+                self.stash.push(Stashed {
+                    group: number,
+                    item,
+                });
                 StableOutcome::Placed
             }
-            Settled::Evicted(page) => StableOutcome::Evicted(page),
             Settled::NoRoom => return StableOutcome::Refused,
         };
+        if outcome == StableOutcome::Placed {
+            self.entries = self.entries.saturating_add(1);
+        }
         self.stables = self.stables.saturating_add(1);
         outcome
     }
@@ -891,9 +901,13 @@ impl<S: PageStore> Catalog<S> {
     /// Whether the table is so full that it should grow.
     pub fn wants_growth(&self) -> bool {
         let at_end = self.level >= LEVEL_MAX && matches!(self.phase, Phase::Folding { .. });
-        let full =
-            self.above(self.entries, GROW_PERCENT) || self.above(self.stables, GROW_STABLE_PERCENT);
+        let full = self.above(self.entries, GROW_PERCENT) || self.is_crowded();
         self.groups > 0 && full && !at_end
+    }
+
+    /// Whether that is for the stable entries alone, however few contents there are besides.
+    pub fn is_crowded(&self) -> bool {
+        self.above(self.stables, GROW_STABLE_PERCENT)
     }
 
     /// Takes one step of growth, between two groups, if the table is full enough to want it and the

@@ -308,10 +308,15 @@ fn a_full_group_drops_hints_but_no_stable_entry() {
             StableOutcome::Evicted(_)
         ));
     }
-    assert_eq!(model.insert_stable(hashes[room]), StableOutcome::Refused);
+    // A few more are kept aside.
+    for &hash in &hashes[room..room + STASH_INSERTED] {
+        assert_eq!(model.insert_stable(hash), StableOutcome::Placed);
+    }
+    model.check();
+    assert_eq!(model.insert_stable(hashes[99]), StableOutcome::Refused);
     assert_eq!(
         (model.hints.len(), model.stables.len()),
-        (HINTS_KEPT, room - HINTS_KEPT)
+        (HINTS_KEPT, room - HINTS_KEPT + STASH_INSERTED)
     );
     let kept = *model.hints.keys().next().unwrap();
     assert!(!model.promote(kept));
@@ -325,10 +330,12 @@ fn a_full_group_drops_hints_but_no_stable_entry() {
 fn contents_meet_in_a_group_full_of_stable_entries() {
     let mut model = Model::new();
     model.grow(true);
-    // Column 0, and no place in the spill for what it has too much.
-    let tags = 0..(GROUP_ENTRIES + SPILL_ENTRIES) as u64;
-    let placed = tags.filter(|tag| model.insert_stable(tag << TAG_SHIFT) == StableOutcome::Placed);
-    assert_eq!(placed.count(), GROUP_ENTRIES - HINTS_KEPT + SPILL_ENTRIES);
+    // Column 0, and no place anywhere for what it has too much.
+    let placed = (0..100u64)
+        .filter(|tag| model.insert_stable(tag << TAG_SHIFT) == StableOutcome::Placed)
+        .count();
+    let places = GROUP_ENTRIES - HINTS_KEPT + SPILL_ENTRIES + STASH_INSERTED;
+    assert_eq!(placed, places);
     // Two pages each: the first leaves its hint, the second comes by later in the pass.
     let mut apart: Vec<u64> = (100..105).map(|tag| tag << TAG_SHIFT).collect();
     for _pass in 0..200 {

@@ -31,6 +31,11 @@ pub const CASES: &[Case] = &[
         lost_hint,
     ),
     Case::thinram(
+        "debug/late-entry",
+        "a shared page that found no place in the index is found once there is one",
+        late_entry,
+    ),
+    Case::thinram(
         "debug/fail-allocation",
         "whatever the module asks for in each operation fails once: nothing is lost",
         fail_allocation,
@@ -230,6 +235,32 @@ fn lost_hint(ctx: &Ctx) -> Result<()> {
     for page in 0..EQUAL {
         let expected = content::page(1 + twin(page) as u64);
         page_is("an equal page", &b.map.read_page(page), &expected)?;
+    }
+    Ok(())
+}
+
+fn late_entry(ctx: &Ctx) -> Result<()> {
+    // More than the one page of the index takes: 566 of shared pages.
+    const CONTENTS: usize = 1024;
+    let growth = Switch::new(ctx, "break_index_growth")?;
+    growth.set(1)?;
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let (a, b) = (mount.guest("a", CONTENTS)?, mount.guest("b", CONTENTS)?);
+    a.fill(0, CONTENTS, 1);
+    b.fill(0, CONTENTS, 1);
+    let sys = ctx.sys();
+    sys.flat_out()?;
+    ctx.until_is("pages_sharing", CONTENTS as u64, 4.0 * SOON)?;
+    let c = mount.guest("c", CONTENTS)?;
+    c.fill(0, CONTENTS, 1);
+    // Those that are found are found in the second pass.
+    ctx.passes(4)?;
+    let found = sys.get("pages_sharing")? - CONTENTS as u64;
+    within("found in a full index", found, 1, CONTENTS as u64 - 1)?;
+    growth.set(0)?;
+    ctx.until_is("pages_sharing", 2 * CONTENTS as u64, 4.0 * SOON)?;
+    for guest in [&a, &b, &c] {
+        guest.holds(0, CONTENTS, 1)?;
     }
     Ok(())
 }
