@@ -21,7 +21,7 @@ use crate::{
         slot::State,
     },
     sys::{
-        clock,
+        clock, inject,
         page::Frame,
         protect,
         slots::{Content, SLOTS},
@@ -81,7 +81,9 @@ fn read(work: &SwapWork, ask: &Ask) {
         task::sleep_killable(1_000);
         return swap.was_read(cluster, number, None, None);
     };
-    match file.read(offset(cluster), &mut buffer) {
+    let answer = file.read(offset(cluster), &mut buffer);
+    inject::hold_answer();
+    match answer {
         Ok(()) => {
             work.events.reads.fetch_add(1, Ordering::Relaxed);
             swap.was_read(cluster, number, Some(buffer.into()), Some(&file));

@@ -477,8 +477,10 @@ impl Swap {
     ) {
         let mut inner = self.lock();
         let volume = inner.volume.as_mut();
-        let is_its =
-            |volume: &&mut KBox<Volume>| tried.is_none_or(|file| Arc::ptr_eq(file, &volume.file));
+        let is_its = |volume: &&mut KBox<Volume>| {
+            !protect::armed(protect::Protection::SwapFile)
+                || tried.is_none_or(|file| Arc::ptr_eq(file, &volume.file))
+        };
         if let Some(volume) = volume.filter(is_its) {
             volume.uses = volume.uses.saturating_add(1);
             let used = volume.uses;

@@ -109,7 +109,7 @@ mod switches {
     use crate::{
         logic::tunables,
         sys::{
-            inject::{self, Countdown},
+            inject::{self, Countdown, HeldAnswers},
             protect, watching,
             wrong::{Mistake, MISTAKES},
         },
@@ -128,11 +128,13 @@ mod switches {
 
     /// One file for each protection, `1` takes it out; one for the means of sampling; and one for each
     /// kind of failure, and `fail_allocation` for all kinds: a number N lets the Nth from then on fail,
-    /// `N-` all after it as well, and reads as how many it still is to that one. A word written to `do_wrong` makes
-    /// that mistake; it reads as all words.
+    /// `N-` all after it as well, and reads as how many it still is to that one. A number written to
+    /// `hold_reads` holds that answer of a swap disk and all after it; it reads as how many came since
+    /// it was 0. A word written to `do_wrong` makes that mistake; it reads as all words.
     pub(super) struct Switches {
         _switches: KVec<Pin<KBox<File<Switch>>>>,
         _countdowns: KVec<Pin<KBox<File<Countdown>>>>,
+        _held: Pin<KBox<File<HeldAnswers>>>,
         _wrong: Pin<KBox<File<Wrong>>>,
     }
 
@@ -164,6 +166,15 @@ mod switches {
             Ok(Switches {
                 _switches: files,
                 _countdowns: countdowns,
+                _held: KBox::pin_init(
+                    dir.read_write_callback_file(
+                        c"hold_reads",
+                        HeldAnswers,
+                        &show_held,
+                        &store_held,
+                    ),
+                    GFP_KERNEL,
+                )?,
                 _wrong: KBox::pin_init(
                     dir.read_write_callback_file(
                         c"do_wrong",
@@ -219,15 +230,34 @@ mod switches {
         reader: &mut kernel::uaccess::UserSliceReader,
     ) -> Result {
         let mut digits = [0u8; 20];
-        let len = reader.len();
-        let text = digits.get_mut(..len).ok_or(EINVAL)?;
-        reader.read_slice(text)?;
-        let text = core::str::from_utf8(text).map_err(|_| EINVAL)?.trim_end();
+        let text = text_of(reader, &mut digits)?;
         let (nth, all_after) = match text.strip_suffix('-') {
             Some(nth) => (nth, true),
             None => (text, false),
         };
         countdown.fail_after(nth.parse::<u32>().map_err(|_| EINVAL)?.into(), all_after);
         Ok(())
+    }
+
+    fn show_held(held: &HeldAnswers, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", held.came())
+    }
+
+    fn store_held(held: &HeldAnswers, reader: &mut kernel::uaccess::UserSliceReader) -> Result {
+        let mut digits = [0u8; 20];
+        let first = text_of(reader, &mut digits)?.parse::<u32>();
+        held.hold_from(first.map_err(|_| EINVAL)?.into());
+        Ok(())
+    }
+
+    /// What was written, without its newline.
+    fn text_of<'a>(
+        reader: &mut kernel::uaccess::UserSliceReader,
+        bytes: &'a mut [u8; 20],
+    ) -> Result<&'a str> {
+        let len = reader.len();
+        let text = bytes.get_mut(..len).ok_or(EINVAL)?;
+        reader.read_slice(text)?;
+        Ok(core::str::from_utf8(text).map_err(|_| EINVAL)?.trim_end())
     }
 }

@@ -2,7 +2,7 @@
 
 //! What fails when a test says so. Each place in `sys` that may be refused something asks [`fails`]
 //! first; a debug build (`THINRAM_DEBUG=y`) counts down to the one that fails, of a kind or of all
-//! kinds, any other build has the constant `false`.
+//! kinds, any other build has the constant `false`. And what comes late: [`hold_answer`].
 
 /// A kind of places that may fail.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -120,5 +120,54 @@ mod counted {
     pub(crate) fn fails(point: Point) -> bool {
         let own = Countdown::of(Some(point)).is_over();
         Countdown::of(None).is_over() || own
+    }
+}
+
+#[cfg(not(thinram_debug))]
+#[inline(always)]
+pub(crate) const fn hold_answer() {}
+
+#[cfg(thinram_debug)]
+pub(crate) use held::{hold_answer, HeldAnswers};
+
+#[cfg(thinram_debug)]
+mod held {
+    use crate::sys::task;
+    use core::sync::atomic::{AtomicU64, Ordering};
+
+    /// Answers are held from this one on, counted from 1; 0: none is.
+    static FROM: AtomicU64 = AtomicU64::new(0);
+    /// Answers that came since then.
+    static CAME: AtomicU64 = AtomicU64::new(0);
+
+    /// What a swap disk answered to one of its readers, until a test lets it through.
+    #[derive(Clone, Copy)]
+    pub(crate) struct HeldAnswers;
+
+    impl HeldAnswers {
+        /// Holds the `first` answer from when none was held, and all after it; 0 lets all through.
+        pub(crate) fn hold_from(self, first: u64) {
+            if FROM.swap(first, Ordering::Relaxed) == 0 {
+                CAME.store(0, Ordering::Relaxed);
+            }
+        }
+
+        /// Answers that came since.
+        pub(crate) fn came(self) -> u64 {
+            CAME.load(Ordering::Relaxed)
+        }
+    }
+
+    /// Waits while this answer is held. For kernel threads, with no lock held.
+    pub(crate) fn hold_answer() {
+        const STEP_US: u64 = 5_000;
+        if FROM.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mine = CAME.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        let is_held = || (1..=mine).contains(&FROM.load(Ordering::Relaxed));
+        while is_held() && !task::should_stop() {
+            task::sleep_killable(STEP_US);
+        }
     }
 }

@@ -33,6 +33,8 @@ pub(crate) enum Protection {
     Checksum,
     /// Let a page go to the swap file only once it was written there.
     WriteResult,
+    /// Take what a swap file gives back for that file's alone.
+    SwapFile,
     /// Give a guest no frame that shows what another left in it.
     Zeroed,
     /// Zero what a hole or a new end cuts off in a page that stays.
@@ -65,7 +67,7 @@ pub(crate) enum Protection {
 
 #[cfg(thinram_debug)]
 /// All of them, with the names of their switches in debugfs.
-pub(crate) const ALL: [(Protection, &kernel::str::CStr); 26] = [
+pub(crate) const ALL: [(Protection, &kernel::str::CStr); 27] = [
     (Protection::Zap, c"break_zap"),
     (Protection::Freeze, c"break_freeze"),
     (Protection::Compare, c"break_compare"),
@@ -78,6 +80,7 @@ pub(crate) const ALL: [(Protection, &kernel::str::CStr); 26] = [
     (Protection::WholeHash, c"break_whole_hash"),
     (Protection::Checksum, c"break_checksum"),
     (Protection::WriteResult, c"break_write_result"),
+    (Protection::SwapFile, c"break_swap_file"),
     (Protection::Zeroed, c"break_zeroed"),
     (Protection::ZeroHole, c"break_zero_hole"),
     (Protection::FreshFrame, c"break_fresh_frame"),

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::thread;
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
@@ -53,6 +53,11 @@ pub const CASES: &[Case] = &[
         fail_load,
     )
     .span(60.0),
+    Case::thinram(
+        "debug/late-answer",
+        "what a swap disk says late is nothing to the swap file that came after",
+        late_answer,
+    ),
     Case::thinram(
         "debug/region-numbers",
         "more memory touched than the host has numbers for: SIGBUS, ENOSPC, the rest is intact",
@@ -263,6 +268,74 @@ fn late_entry(ctx: &Ctx) -> Result<()> {
         guest.holds(0, CONTENTS, 1)?;
     }
     Ok(())
+}
+
+fn late_answer(ctx: &Ctx) -> Result<()> {
+    /// Pages that do not compress: they fill a cluster, and one waits in the buffer of the next.
+    const PAGES: usize = 8;
+    const WRITTEN: u64 = PAGES as u64 - 1;
+    let hold = Switch::new(ctx, "hold_reads")?;
+    let disk = Disk::new(ctx)?;
+    let sys = ctx.sys();
+    let mount = ctx.mount("m", "size=64M,domain=lab")?;
+    let guest = mount.guest("web", PAGES)?;
+    let out = |times: u64| -> Result<()> {
+        guest.fill_noise(0, PAGES);
+        swap::push_out(ctx, &guest, PAGES)?;
+        ctx.until(&format!("{times} clusters written"), SOON, || {
+            let seen = guest.sysfs(ctx).get("swap_outs")?;
+            Ok((seen == times * WRITTEN, seen.to_string()))
+        })
+    };
+    let read = || -> io::Result<Vec<u8>> {
+        let mut seen = vec![0; PAGES * PAGE];
+        guest.file.read_exact_at(&mut seen, 0)?;
+        Ok(seen)
+    };
+    let came = |answers: u64| {
+        ctx.until(&format!("{answers} answers"), SOON, || {
+            let seen = hold.get()?;
+            Ok((seen == answers, seen.to_string()))
+        })
+    };
+    let corrupt = sys.get("swap_objects_corrupt")?;
+    out(1)?;
+    hold.set(1)?;
+    thread::scope(|s| -> Result<()> {
+        let early = s.spawn(read);
+        let work = || -> Result<()> {
+            came(1)?;
+            // Nothing is left that the answer is for, and the file goes.
+            sys::punch(&guest.file, 0, (PAGES * PAGE) as u64)?;
+            let other = disk.path.join("other");
+            fs::create_dir(&other)?;
+            sys.set("swap_dir", other.display())?;
+            out(2)
+        };
+        let done = work();
+        let late = s.spawn(read);
+        let done = done.and_then(|()| came(2));
+        // The first comes while the other file's same cluster is read.
+        hold.set(2)?;
+        thread::sleep(ctx.limit(0.2));
+        hold.set(0)?;
+        done?;
+        early
+            .join()
+            .map_err(|_| anyhow!("the early reader panicked"))??;
+        let seen = late
+            .join()
+            .map_err(|_| anyhow!("the late reader panicked"))??;
+        let expected: Vec<u8> = (0..PAGES)
+            .flat_map(|page| content::bytes_of(&content::noise(page as u64)))
+            .collect();
+        bytes_are("what the other file has", &seen, &expected)
+    })?;
+    eq(
+        "swap_objects_corrupt",
+        sys.get("swap_objects_corrupt")? - corrupt,
+        0,
+    )
 }
 
 fn crowded(ctx: &Ctx) -> Result<()> {

@@ -223,6 +223,12 @@ const PROTECTIONS: &[Protection] = &[
         Sees::CorruptionOrBusError,
     ),
     small(
+        "swap_file",
+        "taking what one swap file gave back for another's",
+        "debug/late-answer",
+        Sees::Otherwise("a page that cannot be read"),
+    ),
+    small(
         "checksum",
         "believing what a disk gives back of a shared page",
         "swap/shared-corrupt",
