@@ -259,7 +259,11 @@ impl Guest {
     fn last_words(&self) -> String {
         let lines = self.lines();
         let console = lines[lines.len().saturating_sub(4)..].join(" | ");
-        format!("console: {console}; QEMU: {}", self.errors())
+        let threads = threads(self.pid()).join(" | ");
+        format!(
+            "console: {console}; QEMU: {}; threads: {threads}",
+            self.errors()
+        )
     }
 
     /// Tells the load to stop and waits for its verdict; true is intact.
@@ -322,6 +326,30 @@ impl Drop for Guest {
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.qmp);
     }
+}
+
+/// What the threads of a process do: name, state, and where they are in the kernel, innermost first.
+fn threads(pid: u32) -> Vec<String> {
+    /// Calls that are told of each.
+    const CALLS: usize = 8;
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let tasks = tasks.into_iter().flatten().flatten();
+    tasks
+        .map(|task| {
+            let read = |file| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+            // The name is in brackets, the state comes after it.
+            let stat = read("stat");
+            let (name, rest) = stat.rsplit_once(')').unwrap_or_default();
+            let name = name.split_once('(').unwrap_or_default().1;
+            let state = rest.trim_start().get(..1).unwrap_or("?");
+            let stack = read("stack");
+            let calls = stack
+                .lines()
+                .filter_map(|line| line.split_whitespace().nth(1));
+            let calls = calls.take(CALLS).collect::<Vec<_>>().join(" < ");
+            format!("{name} {state} {calls}")
+        })
+        .collect()
 }
 
 /// Gathers the lines of a stream in a thread of their own.

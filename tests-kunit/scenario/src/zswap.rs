@@ -266,9 +266,12 @@ fn no_kmem_bypass(ctx: &Ctx) -> Result<()> {
         let state = sys.word("state")?;
         Ok((state == "high", state))
     })?;
-    let all = sys.get("compressions")? - before;
-    let own = vm.get("compressions")? - of_vm;
-    eq("compressions of the VM, and of all", own, all)?;
+    // What was begun before may still end.
+    ctx.until("as many compressions of the VM as of all", SOON, || {
+        let all = sys.get("compressions")? - before;
+        let own = vm.get("compressions")? - of_vm;
+        Ok((own == all, format!("{own} of {all}")))
+    })?;
     // It is the VM's memory, too: its frames shrank to the pool.
     let stat = vm.stat()?;
     within(
@@ -321,10 +324,12 @@ fn no_invasive_cgroup_shrink(ctx: &Ctx) -> Result<()> {
     until_vm(ctx, &wb, "resident_kb", |kb| kb <= size / 2)?;
     eq("swap_outs of zw", zw_vm.get("swap_outs")?, before)?;
     eq("swapped_kb of zw", zw_vm.get("swapped_kb")?, 0)?;
-    eq(
+    // Nothing leaves its cache. Its own reclaim may still have been on the way to a sixteenth below the limit.
+    within(
         "compressed_kb of zw",
         zw_vm.get("compressed_kb")?,
         compressed,
+        compressed + size / 32,
     )?;
     for page in 0..PAGES {
         let what = format!("wb page {page}");
