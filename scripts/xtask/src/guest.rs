@@ -269,8 +269,24 @@ impl Guest {
     /// Tells the load to stop and waits for its verdict; true is intact.
     pub fn finish(&mut self, limit: Duration) -> Result<bool> {
         self.type_line("stop")?;
-        self.wait("verdict", limit, |g| g.verdict().is_some())?;
+        let end = self.wait("verdict", limit, |g| g.verdict().is_some());
+        if let Err(why) = end {
+            return Err(why.context(format!("its blocked tasks: {}", self.blocked_tasks())));
+        }
         Ok(self.verdict() == Some(true))
+    }
+
+    /// What the guest's kernel says of tasks that wait, asked by SysRq on its console.
+    fn blocked_tasks(&mut self) -> String {
+        let before = self.lines().len();
+        let asked = self
+            .qmp("chardev-send-break", json!({"id": "serial0"}))
+            .and_then(|_| self.type_line("w"));
+        if let Err(why) = asked {
+            return format!("{why:#}");
+        }
+        std::thread::sleep(Duration::from_secs(10));
+        self.lines().get(before..).unwrap_or_default().join(" | ")
     }
 
     /// Waits for QEMU's end; its exit status.
