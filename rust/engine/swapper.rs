@@ -303,9 +303,14 @@ fn make_room(host: &Host, owner: &Owner<'_>, dir: Arc<SwapDir>) {
         }),
     };
     let mut inner = swap.lock();
-    let Err(error) = made else {
-        inner.grow_after_us = 0;
-        return;
+    let error = match made {
+        Ok(()) => {
+            inner.grow_after_us = 0;
+            return;
+        }
+        // Its owner ended meanwhile: nothing is to go there any more.
+        Err(_) if inner.closed => return,
+        Err(error) => error,
     };
     inner.grow_after_us = clock::now_us().saturating_add(PAUSE_US << PAUSE_DOUBLINGS.min(3));
     drop(inner);

@@ -132,7 +132,7 @@ pub(super) struct Volume {
 pub(super) struct Inner {
     pub(super) volume: Option<KBox<Volume>>,
     /// The owner is gone.
-    closed: bool,
+    pub(super) closed: bool,
     /// No write is tried before.
     pub(super) write_after_us: u64,
     /// The file is not made larger before.

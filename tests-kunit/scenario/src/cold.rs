@@ -681,8 +681,8 @@ fn race(ctx: &Ctx) -> Result<()> {
 /// `compress_max_percent` goes through, the first one at the start. It takes as long as pages need to go
 /// and to come back, as `counters` count them.
 pub fn race_at(ctx: &Ctx, caps: [&str; 3], counters: [&str; 2]) -> Result<()> {
-    const GONE_MIN: u64 = 300;
-    const BACK_MIN: u64 = 100;
+    let least = |pages: f64| (pages * ctx.setup.scale.clamp(0.2, 1.0)) as u64;
+    let (gone_min, back_min) = (least(300.0), least(100.0));
     let sys = ctx.sys();
     sys.set("compress_max_percent", caps[0])?;
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
@@ -741,7 +741,7 @@ pub fn race_at(ctx: &Ctx, caps: [&str; 3], counters: [&str; 2]) -> Result<()> {
         let mut done = Ok(());
         while done.is_ok() && !stop.load(Ordering::Relaxed) {
             let now = counted()?;
-            let enough = now.0 - before.0 >= GONE_MIN && now.1 - before.1 >= BACK_MIN;
+            let enough = now.0 - before.0 >= gone_min && now.1 - before.1 >= back_min;
             if start.elapsed() >= last || start.elapsed() >= end && enough {
                 break;
             }
@@ -760,8 +760,8 @@ pub fn race_at(ctx: &Ctx, caps: [&str; 3], counters: [&str; 2]) -> Result<()> {
         "{} {gone}, {} {back}, changed {breaks:?}",
         counters[0], counters[1]
     );
-    within(counters[0], gone, GONE_MIN, u64::MAX)?;
-    within(counters[1], back, BACK_MIN, u64::MAX)?;
+    within(counters[0], gone, gone_min, u64::MAX)?;
+    within(counters[1], back, back_min, u64::MAX)?;
     force(ctx, "none")?;
     sys.set("run", 0)?;
     // The cap that was set last may still move some.
