@@ -116,11 +116,12 @@ fn domain() -> String {
     )
 }
 
-/// The lines of the guest's console.
+/// The lines of the guest's console; of one that is still being written nothing.
 fn console() -> Vec<String> {
     let text = fs::read(Path::new(FILES).join("console.log")).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
-    text.lines().map(|l| l.trim_end().to_string()).collect()
+    let whole = text.split_inclusive('\n').filter(|l| l.ends_with('\n'));
+    whole.map(|l| l.trim_end().to_string()).collect()
 }
 
 /// Waits for `count` lines with `what` on the console.
