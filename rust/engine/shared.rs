@@ -143,6 +143,15 @@ fn read(
     }
 }
 
+/// Enters a record in the catalog, if it is not there and has a place; the lock ends with that.
+fn enter(mut inner: Guard<'_, Inner, MutexBackend>, hash: u64, id: u32, registry: &Registry) {
+    let entered = inner.catalog.insert_stable(hash, id);
+    drop(inner);
+    if let StableOutcome::Evicted(owner) = entered {
+        registry.forget_stable(owner);
+    }
+}
+
 impl Inner {
     /// The scope and the place of a record that is in a swap file.
     fn place_of(&self, id: u32) -> Option<(u32, Place)> {
@@ -541,7 +550,7 @@ impl SharedIndex {
         scope: Scope,
         registry: &Registry,
     ) -> Option<(Frame, u64)> {
-        let mut inner = self.lock();
+        let inner = self.lock();
         let Held::Frame(page) = inner.records.held(id)? else {
             return None;
         };
@@ -550,11 +559,7 @@ impl SharedIndex {
             return None;
         }
         let frame = page.get();
-        let entered = inner.catalog.insert_stable(label.hash, id);
-        drop(inner);
-        if let StableOutcome::Evicted(owner) = entered {
-            registry.forget_stable(owner);
-        }
+        enter(inner, label.hash, id, registry);
         Some((frame, label.hash))
     }
 
@@ -583,10 +588,7 @@ impl SharedIndex {
         if !inner.catalog.promote(key.hash, page_id, id) {
             // Without an entry the record still works; only newcomers cannot find it yet.
             self.expect_doubles();
-            if let StableOutcome::Evicted(owner) = inner.catalog.insert_stable(key.hash, id) {
-                drop(inner);
-                registry.forget_stable(owner);
-            }
+            enter(inner, key.hash, id, registry);
         }
         Ok(sharers)
     }

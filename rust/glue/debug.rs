@@ -88,11 +88,20 @@ fn show_forced(forced: &ForcedState, f: &mut fmt::Formatter<'_>) -> fmt::Result 
     writeln!(f, "{word}")
 }
 
+/// What was written, if there is room for it.
+fn written<'a>(
+    reader: &mut kernel::uaccess::UserSliceReader,
+    bytes: &'a mut [u8],
+) -> Result<&'a [u8]> {
+    let len = reader.len();
+    let text = bytes.get_mut(..len).ok_or(EINVAL)?;
+    reader.read_slice(text)?;
+    Ok(text)
+}
+
 fn force(forced: &ForcedState, reader: &mut kernel::uaccess::UserSliceReader) -> Result {
     let mut bytes = [0u8; 16];
-    let len = reader.len();
-    let word = bytes.get_mut(..len).ok_or(EINVAL)?;
-    reader.read_slice(word)?;
+    let word = written(reader, &mut bytes)?;
     let state = match HostState::parse(word) {
         Ok(state) => Some(state),
         Err(_) if tunables::without_newline(word) == b"none" => None,
@@ -106,6 +115,7 @@ fn force(forced: &ForcedState, reader: &mut kernel::uaccess::UserSliceReader) ->
 
 #[cfg(thinram_debug)]
 mod switches {
+    use super::written;
     use crate::{
         logic::tunables,
         sys::{
@@ -212,10 +222,7 @@ mod switches {
 
     fn do_wrong(wrong: &Wrong, reader: &mut kernel::uaccess::UserSliceReader) -> Result {
         let mut bytes = [0u8; 20];
-        let len = reader.len();
-        let text = bytes.get_mut(..len).ok_or(EINVAL)?;
-        reader.read_slice(text)?;
-        let text = tunables::without_newline(text);
+        let text = tunables::without_newline(written(reader, &mut bytes)?);
         let named = wrong.0.iter().find(|(word, _)| word.as_bytes() == text);
         let (_, mistake) = named.ok_or(EINVAL)?;
         mistake()
@@ -250,14 +257,12 @@ mod switches {
         Ok(())
     }
 
-    /// What was written, without its newline.
+    /// What was written, as text without its newline.
     fn text_of<'a>(
         reader: &mut kernel::uaccess::UserSliceReader,
         bytes: &'a mut [u8; 20],
     ) -> Result<&'a str> {
-        let len = reader.len();
-        let text = bytes.get_mut(..len).ok_or(EINVAL)?;
-        reader.read_slice(text)?;
-        Ok(core::str::from_utf8(text).map_err(|_| EINVAL)?.trim_end())
+        let text = core::str::from_utf8(written(reader, bytes)?);
+        Ok(text.map_err(|_| EINVAL)?.trim_end())
     }
 }

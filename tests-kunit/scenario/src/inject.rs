@@ -19,7 +19,7 @@ use crate::ctx::Ctx;
 use crate::harness::Case;
 use crate::huge::{self, LARGE, LARGE_KB};
 use crate::operations::{merged, Before, Operation, Pair, OPERATIONS};
-use crate::sharing::SOON;
+use crate::sharing::{twins, SOON};
 use crate::swap::{self, Disk};
 use crate::sys::{self, Map, PAGE, RW};
 
@@ -249,10 +249,7 @@ fn late_entry(ctx: &Ctx) -> Result<()> {
     const CONTENTS: usize = 1024;
     let growth = Switch::new(ctx, "break_index_growth")?;
     growth.set(1)?;
-    let mount = ctx.mount("m", "size=64M,domain=lab")?;
-    let (a, b) = (mount.guest("a", CONTENTS)?, mount.guest("b", CONTENTS)?);
-    a.fill(0, CONTENTS, 1);
-    b.fill(0, CONTENTS, 1);
+    let (mount, a, b) = twins(ctx, CONTENTS)?;
     let sys = ctx.sys();
     sys.flat_out()?;
     ctx.until_is("pages_sharing", CONTENTS as u64, 4.0 * SOON)?;
