@@ -559,34 +559,54 @@ fn try_once(
 pub fn fail_swapping(ctx: &Ctx, failing: &dyn Failing, next: &dyn Fn(u64) -> u64) -> Result<()> {
     // Several clusters of the swap file.
     const PAGES: usize = 48;
+    let noise = |page: usize| content::bytes_of(&content::noise(page as u64));
     let disk = Disk::new(ctx)?;
+    // A page that is there, so that no write to it asks for memory.
+    let path = ctx.dir.join("copy");
+    fs::write(&path, [0; PAGE])?;
+    let copy = File::options().read(true).write(true).open(&path)?;
     let (mut failures, mut refused, mut nth) = (0, 0, 1);
     loop {
         let mount = ctx.mount("m", "size=16M,domain=lab")?;
         let guest = mount.guest("web", PAGES)?;
         guest.fill_noise(0, PAGES);
-        let there_and_back = || {
-            swap::push_out(ctx, &guest, PAGES)?;
-            let mut page = vec![0; PAGE];
+        let back = || {
+            let mut page = vec![1; PAGE];
             guest.file.read_exact_at(&mut page, 0)?;
-            bytes_are(
-                "page 0 by read(2)",
-                &page,
-                &content::bytes_of(&content::noise(0)),
-            )?;
-            guest.holds_noise(0, PAGES)
+            bytes_are("page 0 by read(2)", &page, &noise(0))?;
+            // By the mapping; what cannot be had there is EFAULT here, where a load would be killed.
+            for number in 0..PAGES {
+                let from = number * PAGE;
+                let length = sys::pwrite_from(&copy, &guest.map, from, PAGE, 0)?;
+                eq("bytes of a page", length, PAGE)?;
+                copy.read_exact_at(&mut page, 0)?;
+                bytes_are(format!("page {number}"), &page, &noise(number))?;
+            }
+            Ok(())
         };
+        let there_and_back = || swap::push_out(ctx, &guest, PAGES).and_then(|()| back());
+        let unread = ctx.sys().get("swap_reads_failed")?;
         failing.arm(nth)?;
         let done = there_and_back();
         let failed = failing.disarm()?;
         if let Err(e) = done {
-            let expected = errno_of(&e).is_some_and(|errno| failing.errors().contains(&errno));
-            if !(failed && expected) {
-                return Err(e.context(format!("failure {nth}")));
+            let errno = errno_of(&e);
+            let expected = errno.is_some_and(|errno| failing.errors().contains(&errno));
+            let unread = ctx.sys().get("swap_reads_failed")? - unread;
+            if !(failed && expected) || (errno == Some(Errno::EIO) && unread == 0) {
+                return Err(e.context(format!("failure {nth}, {unread} reads failed")));
             }
             refused += 1;
+            if unread > 0 {
+                // It is tried again after a second.
+                ctx.until("what was not read", 10.0, || {
+                    let seen = back();
+                    Ok((seen.is_ok(), format!("{seen:?}")))
+                })?;
+            }
         }
         there_and_back().with_context(|| format!("the second time, after failure {nth}"))?;
+        guest.holds_noise(0, PAGES)?;
         guest.sysfs(ctx).stat()?.check_sum()?;
         drop(guest);
         drop(mount);
@@ -609,10 +629,11 @@ fn fail_swap(ctx: &Ctx) -> Result<()> {
 }
 
 /// Unloads the module, and loads it while its first request fails, then its second, until it loads
-/// without. `attempt` loads it while the `nth` fails, and says whether one did.
+/// without. `attempt` loads it while the `nth` fails, and says whether one did; `errors` may come of it.
 pub fn fail_loading(
     ctx: &Ctx,
     next: &dyn Fn(u64) -> u64,
+    errors: &[Errno],
     attempt: impl Fn(&File, u64) -> Result<(nix::Result<()>, bool)>,
 ) -> Result<()> {
     let Some(ko) = &ctx.setup.ko else {
@@ -634,7 +655,7 @@ pub fn fail_loading(
         let (loaded, failed) = attempt(&file, nth)?;
         match loaded {
             Ok(()) => {}
-            Err(Errno::ENOMEM) if failed => {
+            Err(e) if failed && errors.contains(&e) => {
                 refused += 1;
                 eq(format!("sysfs after failure {nth}"), sys.exists(), false)?;
                 sys::insert_module(&file, "").context("insmod, with memory")?;
@@ -674,5 +695,5 @@ fn fail_load(ctx: &Ctx) -> Result<()> {
         };
         Ok((loaded, failed))
     };
-    fail_loading(ctx, &|nth| nth + 1, attempt)
+    fail_loading(ctx, &|nth| nth + 1, &[Errno::ENOMEM], attempt)
 }

@@ -79,11 +79,17 @@ fn processes(name: &str) -> Result<Vec<PathBuf>> {
 struct Tasks {
     own: File,
     others: Vec<File>,
+    errors: &'static [Errno],
 }
 
+/// Of memory. The last: a page of the caller's own buffer that could not be had.
+const OF_MEMORY: &[Errno] = &[Errno::ENOMEM, Errno::ENOSPC, Errno::EFAULT];
+/// And of a disk that does not read.
+const OF_DISK: &[Errno] = &[Errno::ENOMEM, Errno::ENOSPC, Errno::EFAULT, Errno::EIO];
+
 impl Tasks {
-    /// The thread that calls, and the processes whose names begin so.
-    fn new(others: &str) -> Result<Tasks> {
+    /// The thread that calls, and the processes whose names begin so; what may come of it.
+    fn new(others: &str, errors: &'static [Errno]) -> Result<Tasks> {
         let open = |path: &Path| File::options().read(true).write(true).open(path);
         let Ok(own) = open(Path::new("/proc/thread-self/fail-nth")) else {
             return Err(skip("a kernel without fault injection"));
@@ -105,7 +111,11 @@ impl Tasks {
             .map(|path| open(&path.join("fail-nth")))
             .collect::<std::io::Result<Vec<_>>>()?;
         that("there are such processes", !others.is_empty())?;
-        Ok(Tasks { own, others })
+        Ok(Tasks {
+            own,
+            others,
+            errors,
+        })
     }
 }
 
@@ -130,8 +140,7 @@ impl Failing for Tasks {
     }
 
     fn errors(&self) -> &'static [Errno] {
-        // The last: a page of the caller's own buffer that could not be had.
-        &[Errno::ENOMEM, Errno::ENOSPC, Errno::EFAULT]
+        self.errors
     }
 }
 
@@ -143,7 +152,7 @@ fn sparser(ctx: &Ctx) -> impl Fn(u64) -> u64 {
 }
 
 fn allocations(ctx: &Ctx) -> Result<()> {
-    let tasks = Tasks::new("thinram_")?;
+    let tasks = Tasks::new("thinram_", OF_MEMORY)?;
     for operation in OPERATIONS {
         let failures = inject::fail_each(ctx, operation, &tasks, &sparser(ctx))?;
         that(
@@ -212,7 +221,7 @@ impl Drop for Requests {
 }
 
 fn swap_allocations(ctx: &Ctx) -> Result<()> {
-    let tasks = Tasks::new("thinram_")?;
+    let tasks = Tasks::new("thinram_", OF_DISK)?;
     // Requests of these threads count as well: the disk is one that may fail.
     let requests = Requests::new(ctx, "thinram_swap")?;
     tell(&requests.device, "1")?;
@@ -287,8 +296,10 @@ fn swap_reads(ctx: &Ctx) -> Result<()> {
 
 fn load(ctx: &Ctx) -> Result<()> {
     // Threads are made by the kernel's own.
-    let tasks = Tasks::new("kthreadd")?;
-    inject::fail_loading(ctx, &sparser(ctx), |file, nth| {
+    let tasks = Tasks::new("kthreadd", OF_MEMORY)?;
+    // The kernel itself says EAGAIN for one that got no `struct kthread` (copy_process).
+    let errors = [Errno::ENOMEM, Errno::EAGAIN];
+    inject::fail_loading(ctx, &sparser(ctx), &errors, |file, nth| {
         tasks.arm(nth)?;
         let loaded = sys::insert_module(file, "");
         Ok((loaded, tasks.disarm()?))
