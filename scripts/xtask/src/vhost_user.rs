@@ -194,7 +194,11 @@ pub fn folder(ctx: &Ctx) -> Result<()> {
     let socket = "/run/virtiofsd.sock";
     let at = format!("--socket-path={socket}");
     let dir = format!("--shared-dir={}", shared.display());
-    let args = [at.as_str(), &dir, "--sandbox=none"];
+    let mut args = vec![at.as_str(), &dir, "--sandbox=none"];
+    // The debug kernel has none.
+    if !Path::new("/proc/sys/kernel/seccomp").exists() {
+        args.push("--seccomp=none");
+    }
     let backend = Backend::start("virtiofsd", &program(SHARE), &args, socket)?;
     let mut spec = Spec::new("debian", Kind::Stock, 320, &mount.vm("debian")?, 16);
     let chardev = format!("socket,id=c,path={socket}");
