@@ -17,45 +17,108 @@ use std::process::Command;
 
 /// The crates with logic that a host can run.
 const CRATES: [&str; 3] = ["thinram-logic", "thinramctl", "xtask"];
-/// Of each property so many cases: the sanitizer makes each several times as slow.
+/// Of each property so many cases: a sanitizer makes each several times as slow.
 const CASES: &str = "24";
 
-/// What has to be seen, or the sanitizer is none.
+/// What watches the tests as they run. Debian's compiler knows both, and LLVM's package has the library
+/// for each, of the same version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sanitizer {
+    /// Of memory that is none, or none any more
+    Address,
+    /// Of what two threads touch at once
+    Thread,
+}
+
+/// A program that each has to stop, or it is none.
 const USE_AFTER_FREE: &str = "fn main() {
     let freed = { let page = vec![7u8; 4096]; page.as_ptr() };
     // SAFETY: There is none; this is what the sanitizer must notice.
     std::process::exit(unsafe { std::ptr::read_volatile(freed) }.into());
 }
 ";
+const RACE: &str = "static mut COUNT: u64 = 0;
+fn main() {
+    // SAFETY: There is none; this is what the sanitizer must notice.
+    let count = || for _ in 0..100_000 { unsafe { COUNT += 1 } };
+    for thread in [0, 1].map(|_| std::thread::spawn(count)) {
+        thread.join().unwrap();
+    }
+}
+";
 
-/// The unit tests of the logic and of thinramctl under the address sanitizer.
-///
-/// Debian's compiler knows it, and LLVM's package has the library for it, of the same version.
-pub fn address_sanitizer() -> Result<Vec<Test>> {
-    say("unit tests under the address sanitizer");
-    let runtime = setup::unpacked("libclang-rt-19-dev")?.join("usr/lib/llvm-19/lib/clang/19");
-    let flags = [
-        "-Zsanitizer=address",
-        "-Zexternal-clangrt",
-        "-Clinker=clang",
-        "-Clink-arg=-fsanitize=address",
-        &format!("-Clink-arg=-resource-dir={}", runtime.display()),
-    ];
-    let dir = target("sanitizer");
-    let mut tests = vec![notices(&dir, &flags)?];
-    let log = target("sanitizer.log");
-    let mut cargo = tied("cargo");
-    cargo
-        .args(["test", "--no-fail-fast", "--lib"])
-        // Else build scripts and macros would be built with it as well.
-        .args(["--target", "x86_64-unknown-linux-gnu"])
-        .args(["--package", "thinram-logic", "--package", "thinramctl"])
-        .env("RUSTC_BOOTSTRAP", "1")
-        .env("RUSTFLAGS", flags.join(" "))
-        .env("CARGO_TARGET_DIR", &dir)
-        .env("PROPTEST_CASES", CASES);
-    tests.extend(verdicts("address sanitizer", &log, &mut cargo)?);
-    Ok(tests)
+impl Sanitizer {
+    /// Its name for the compiler.
+    fn name(self) -> &'static str {
+        match self {
+            Sanitizer::Address => "address",
+            Sanitizer::Thread => "thread",
+        }
+    }
+
+    /// The program that it has to stop, and what it says of it.
+    fn mistake(self) -> (&'static str, &'static str) {
+        match self {
+            Sanitizer::Address => (USE_AFTER_FREE, "heap-use-after-free"),
+            Sanitizer::Thread => (RACE, "ThreadSanitizer: data race"),
+        }
+    }
+
+    /// What builds a program that it watches.
+    fn flags(self) -> Result<[String; 5]> {
+        let runtime = setup::unpacked("libclang-rt-19-dev")?.join("usr/lib/llvm-19/lib/clang/19");
+        Ok([
+            format!("-Zsanitizer={}", self.name()),
+            "-Zexternal-clangrt".into(),
+            "-Clinker=clang".into(),
+            format!("-Clink-arg=-fsanitize={}", self.name()),
+            format!("-Clink-arg=-resource-dir={}", runtime.display()),
+        ])
+    }
+
+    /// The unit tests of the logic and of thinramctl under it.
+    pub fn tests(self) -> Result<Vec<Test>> {
+        let what = format!("{} sanitizer", self.name());
+        say(format!("unit tests under the {what}"));
+        let flags = self.flags()?;
+        let dir = target(format!("sanitizer-{}", self.name()));
+        let mut tests = vec![self.notices(&dir, &flags)?];
+        let log = target(format!("sanitizer-{}.log", self.name()));
+        let mut cargo = tied("cargo");
+        cargo
+            .args(["test", "--no-fail-fast", "--lib"])
+            // Else build scripts and macros would be built with it as well.
+            .args(["--target", "x86_64-unknown-linux-gnu"])
+            .args(["--package", "thinram-logic", "--package", "thinramctl"])
+            .env("RUSTC_BOOTSTRAP", "1")
+            .env("RUSTFLAGS", flags.join(" "))
+            .env("CARGO_TARGET_DIR", &dir)
+            .env("PROPTEST_CASES", CASES);
+        if self == Sanitizer::Thread {
+            // It has to see how the standard library hands memory from thread to thread.
+            cargo.arg("-Zbuild-std");
+        }
+        tests.extend(verdicts(&what, &log, &mut cargo)?);
+        Ok(tests)
+    }
+
+    /// Whether it stops the program that it has to.
+    fn notices(self, dir: &Path, flags: &[String]) -> Result<Test> {
+        let (source, sign) = self.mistake();
+        let (file, program) = (dir.join("mistake.rs"), dir.join("mistake"));
+        write(&file, source)?;
+        let mut rustc = tied("rustc");
+        rustc.args(flags).arg("-o").arg(&program).arg(&file);
+        let log = target(format!("sanitizer-{}-probe.log", self.name()));
+        run(log, rustc.env("RUSTC_BOOTSTRAP", "1"))?;
+        let ended = tied(&program).output().context("mistake")?;
+        let said = String::from_utf8_lossy(&ended.stderr);
+        let name = format!("the {} sanitizer notices a mistake", self.name());
+        Ok(match said.contains(sign) {
+            true => Test::pass(name),
+            false => Test::fail(name, format!("{}: {said}", ended.status)),
+        })
+    }
 }
 
 /// Runs tests; none at all is an error.
@@ -82,25 +145,6 @@ pub fn loom() -> Result<Vec<Test>> {
         .env("RUSTFLAGS", "--cfg=loom")
         .env("CARGO_TARGET_DIR", target("loom"));
     verdicts("loom", &target("loom.log"), &mut cargo)
-}
-
-/// A program that reads what it has freed must be stopped.
-fn notices(dir: &Path, flags: &[&str]) -> Result<Test> {
-    let (source, program) = (dir.join("use_after_free.rs"), dir.join("use_after_free"));
-    write(&source, USE_AFTER_FREE)?;
-    let mut rustc = tied("rustc");
-    rustc.args(flags).arg("-o").arg(&program).arg(&source);
-    run(
-        target("sanitizer-probe.log"),
-        rustc.env("RUSTC_BOOTSTRAP", "1"),
-    )?;
-    let ended = tied(&program).output().context("use_after_free")?;
-    let said = String::from_utf8_lossy(&ended.stderr);
-    let name = "the sanitizer notices a use after free";
-    Ok(match said.contains("heap-use-after-free") {
-        true => Test::pass(name),
-        false => Test::fail(name, format!("{}: {said}", ended.status)),
-    })
 }
 
 /// Lines of a file or of a crate.

@@ -32,6 +32,7 @@ mod suites;
 mod vhost_user;
 mod vm;
 
+use crate::instrumented::Sanitizer;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -64,8 +65,12 @@ enum Task {
         #[arg(long, default_value = "")]
         filter: String,
     },
-    /// The unit tests under the address sanitizer
-    Sanitizer,
+    /// The unit tests under a sanitizer
+    Sanitizer {
+        /// Which one
+        #[arg(value_enum, default_value_t = Sanitizer::Address)]
+        which: Sanitizer,
+    },
     /// The models of what is lock-free, in every order of their threads
     Loom,
     /// Which lines the host's tests run; target/coverage/table.txt
@@ -235,9 +240,8 @@ fn work(task: Task) -> Result<ExitCode> {
         Task::Test => return Ok(report::show(&suites::all(&kernel))),
         Task::TestFull => return Ok(report::show(&suites::full(&kernel))),
         Task::Debug { filter } => return Ok(report::show(&suites::debug(&kernel, &filter))),
-        Task::Sanitizer => {
-            let name = "unit tests, address sanitizer";
-            return Ok(alone(name, instrumented::address_sanitizer));
+        Task::Sanitizer { which } => {
+            return Ok(alone("unit tests, sanitizer", || which.tests()));
         }
         Task::Loom => return Ok(alone("unit tests, loom", instrumented::loom)),
         Task::Coverage => instrumented::coverage()?,
@@ -309,7 +313,7 @@ fn work(task: Task) -> Result<ExitCode> {
 }
 
 /// One suite of the host's, by itself.
-fn alone(name: &str, work: fn() -> Result<Vec<ktap::Test>>) -> ExitCode {
+fn alone(name: &str, work: impl FnOnce() -> Result<Vec<ktap::Test>>) -> ExitCode {
     report::show(&[report::Suite::run(report::Kind::Host, name, work)])
 }
 

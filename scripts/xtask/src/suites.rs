@@ -3,11 +3,12 @@
 //! `cargo xtask test`: every suite, from unit tests to guests on the stock kernel.
 
 use crate::env::{read, target, Kernel};
+use crate::instrumented::{self, Sanitizer};
 use crate::ktap::{self, Outcome, Test};
 use crate::report::{Kind, Suite};
 use crate::step::{run, say, tied};
 use crate::vm::{self, Job, Place};
-use crate::{check, inside, instrumented, setup, soak};
+use crate::{check, inside, setup, soak};
 use anyhow::Result;
 use std::path::Path;
 use std::time::Duration;
@@ -18,11 +19,12 @@ const MINUTE: Duration = Duration::from_secs(60);
 pub fn all(k: &Kernel) -> Vec<Suite> {
     let mut suites = vec![
         Suite::run(Kind::Host, "unit tests", workspace),
-        Suite::run(
-            Kind::Host,
-            "unit tests, address sanitizer",
-            instrumented::address_sanitizer,
-        ),
+        Suite::run(Kind::Host, "unit tests, address sanitizer", || {
+            Sanitizer::Address.tests()
+        }),
+        Suite::run(Kind::Host, "unit tests, thread sanitizer", || {
+            Sanitizer::Thread.tests()
+        }),
         Suite::run(Kind::Host, "unit tests, loom", instrumented::loom),
         Suite::run(Kind::Host, "check", || check::all(k)),
     ];
