@@ -177,6 +177,8 @@ const BAD: &[&str] = &[
     "suspicious RCU usage",
     "unreferenced object",
     "self-detected stall",
+    // A free page that somebody wrote to (page_poison=1).
+    "pagealloc: ",
 ];
 
 /// What the OOM killer prints for each process that it looks at.
@@ -387,7 +389,7 @@ fn qemu(k: &Kernel, job: &Job, dir: &Path, hardware: Hardware) -> Result<Command
         // host's, timers of guests come minutes late. So the first one is kept.
         c.arg("-kernel").arg(setup::debug_image(k));
         "root=root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,msize=512000,cache=mmap \
-         rw init=/src/scripts/vm/init slab_debug=F setcpuid=tsc_known_freq"
+         rw init=/src/scripts/vm/init slab_debug=F page_poison=1 setcpuid=tsc_known_freq"
     } else {
         c.arg("-kernel").arg(k.vmlinuz());
         c.arg("-initrd").arg(host_initramfs(k)?);
@@ -460,6 +462,9 @@ fn uml(linux: &Path, job: &Job, dir: &Path) -> Command {
         &format!("ubd1={}", scratch.display()),
         &format!("thinram.dir={}", dir.display()),
     ]);
+    if job.place == Place::UmlKasan {
+        c.arg("page_poison=1");
+    }
     if job.append.contains("thinram.shell=1") {
         c.args(["con0=fd:0,fd:1", "thinram.out=/dev/tty0"]);
     } else {
