@@ -266,12 +266,20 @@ impl Guest {
         )
     }
 
-    /// Tells the load to stop and waits for its verdict; true is intact.
+    /// Tells the load to stop and waits for its verdict; true is intact. Whether a guest that goes on
+    /// lost the word, or hears none, is part of the error.
     pub fn finish(&mut self, limit: Duration) -> Result<bool> {
+        const AGAIN: Duration = Duration::from_secs(60);
         self.type_line("stop")?;
         let end = self.wait("verdict", limit, |g| g.verdict().is_some());
         if let Err(why) = end {
-            return Err(why.context(format!("its blocked tasks: {}", self.blocked_tasks())));
+            let tasks = self.blocked_tasks();
+            self.type_line("stop")?;
+            let again = self.wait("verdict", AGAIN, |g| g.verdict().is_some());
+            let heard = if again.is_ok() { "heard" } else { "not heard" };
+            return Err(why.context(format!(
+                "a second \"stop\" was {heard}; its blocked tasks: {tasks}"
+            )));
         }
         Ok(self.verdict() == Some(true))
     }

@@ -67,13 +67,18 @@ fn migrate(mut from: Guest, to: &mut Guest) -> Result<()> {
 
 /// Takes the verdict of a guest that did not boot here.
 pub fn verdict(guest: &mut Guest) -> Result<()> {
+    verdict_in(guest, SOON)
+}
+
+/// The same, with more or less time for it.
+pub fn verdict_in(guest: &mut Guest, limit: Duration) -> Result<()> {
     ensure!(
-        guest.finish(SOON)?,
+        guest.finish(limit)?,
         "{} found its memory corrupt: {:?}",
         guest.name,
         guest.lines()
     );
-    guest.ended(SOON).map(drop)
+    guest.ended(limit).map(drop)
 }
 
 /// A guest that has checked its data once.
