@@ -354,6 +354,11 @@ const CASES: &[Case] = &[
         run: limited,
     },
     Case {
+        name: "active_kb_follows_what_a_guest_does",
+        module: true,
+        run: crate::bench_sampling::follows_a_guest,
+    },
+    Case {
         name: "kvm_selftest_demand_paging",
         module: true,
         run: kvm_selftests::demand_paging,
