@@ -373,6 +373,7 @@ fn knob_help(scope: Scope) -> String {
 mod tests {
     use super::*;
     use clap::CommandFactory;
+    use proptest::prelude::*;
 
     #[test]
     fn definition_is_sound() {
@@ -423,6 +424,73 @@ mod tests {
         assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
         for text in ["0", "-1", "nan", "inf", "1e9", "soon"] {
             assert!(seconds(text).is_err(), "{text}");
+        }
+    }
+
+    /// A number and what follows it, as std reads the number.
+    fn number_and(text: &str) -> (Option<u64>, &str) {
+        let end = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
+        (text[..end].parse().ok(), &text[end..])
+    }
+
+    proptest! {
+        #[test]
+        fn times_are_what_they_say(text in "[0-9]{0,20}[smhd +-]?|\\PC{0,6}", most in 0u64..1 << 40) {
+            let (number, unit) = number_and(&text);
+            let scale = match unit {
+                "" | "s" => Some(1),
+                "m" => Some(60),
+                "h" => Some(3600),
+                _ => None,
+            };
+            let told = number.zip(scale).and_then(|(number, scale)| number.checked_mul(scale));
+            let told = told.filter(|seconds| (1..=most).contains(seconds));
+            prop_assert_eq!(time(&text, 1, most).ok(), told.map(Duration::from_secs), "{}", text);
+        }
+
+        #[test]
+        fn sizes_need_a_unit(text in "[0-9]{1,12}(\\.[0-9]{0,3})?[KMGTP]?(iB|B)?|\\PC{0,6}") {
+            let kb = units::parse_kb(&text).ok().filter(|kb| *kb > 0);
+            let has_unit = text.contains(|c: char| c.is_ascii_alphabetic());
+            prop_assert_eq!(size(&text).ok(), kb.filter(|_| has_unit), "{}", text);
+        }
+
+        #[test]
+        fn percentages_are_of_a_whole(text in "[0-9]{0,4}(\\.[0-9]{0,3})?[ %]{0,2}|\\PC{0,5}") {
+            let (number, rest) = number_and(&text);
+            let whole = number.filter(|_| rest.is_empty() || rest.trim_start() == "%");
+            prop_assert_eq!(risk(&text).ok(), whole.filter(|n| *n <= 100), "{}", text);
+            if let Ok(part) = sample(&text) {
+                prop_assert!(part > 0.0 && part <= 1.0, "{} {}", text, part);
+                let number: f64 = text.trim_end_matches('%').trim_end().parse().unwrap();
+                prop_assert_eq!(part, number / 100.0);
+            }
+        }
+
+        #[test]
+        fn seconds_are_what_std_reads(text in "[0-9]{1,6}(\\.[0-9]{0,3})?|(1e[0-9]|inf|NaN|-0|\\PC){0,4}") {
+            let number = text.parse::<f64>().ok().filter(|n| *n >= 0.1 && *n <= 86400.0);
+            let told = seconds(&text).ok().map(|told| told.as_secs_f64());
+            prop_assert_eq!(told.is_some(), number.is_some(), "{}", text);
+            if let (Some(told), Some(number)) = (told, number) {
+                prop_assert!((told - number).abs() < 1e-9, "{}", text);
+            }
+        }
+
+        #[test]
+        fn settings_come_back(key in "[^=]{1,9}", value in "\\PC{0,9}", text in "\\PC{0,9}") {
+            prop_assert_eq!(setting(&format!("{key}={value}")), Ok((key, value)));
+            if let Ok((key, value)) = setting(&text) {
+                prop_assert_eq!(format!("{key}={value}"), text);
+            }
+        }
+
+        #[test]
+        fn a_policy_is_one_by_its_name(text in "(static|shares|pressure|[a-z]{0,9}| ){0,2}") {
+            let named = PolicyKind::ALL.into_iter().find(|policy| policy.name() == text);
+            prop_assert_eq!(policy(&text).ok(), named);
         }
     }
 }

@@ -9,6 +9,7 @@
 use crate::admission::Reservations;
 use crate::config::{self, Config, VmConfig};
 use crate::files;
+use crate::text::escape;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
@@ -80,7 +81,7 @@ impl Runtime {
                     Some(old) => *old = vm,
                     None => config.vms.push(vm),
                 },
-                Err(error) => misfits.push(error),
+                Err(error) => misfits.push(format!("VM {}: {error}", escape(name.as_bytes()))),
             }
         }
         (config, misfits)
@@ -167,6 +168,8 @@ impl Runtime {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admission::Reservation;
+    use proptest::prelude::*;
 
     fn file() -> Config {
         Config::parse(
@@ -275,5 +278,97 @@ mod tests {
         assert_eq!(Runtime::load(&file), Ok(runtime));
         fs::write(&file, "{").unwrap();
         assert!(Runtime::load(&file).unwrap_err().contains("run.json: EOF"));
+    }
+
+    fn any_runtime() -> impl Strategy<Value = Runtime> {
+        let name = || "[ab]|[a-z0-9-]{1,8}|\\PC{0,6}";
+        let key = prop_oneof![
+            4 => prop::sample::select(&["entitlement", "dynamic_min", "dynamic_max", "qmp"][..])
+                .prop_map(String::from),
+            1 => "\\PC{0,9}",
+        ];
+        let set = prop::collection::btree_map(key, "default|[0-9]{1,4}[MG]|\\PC{0,9}", 0..4);
+        let told = (any::<bool>(), set).prop_map(|(removed, set)| Told { removed, set });
+        let reservation = (name(), any::<u64>(), 0u32..1 << 30, any::<bool>());
+        (
+            prop::collection::btree_map(name(), told, 0..5),
+            prop::collection::btree_map(name(), any::<u64>(), 0..4),
+            prop::collection::vec(reservation, 0..4),
+        )
+            .prop_map(|(vms, sizes, kept)| {
+                let mut reservations = Reservations::default();
+                for (name, min_kb, eighths, admitted) in kept {
+                    reservations.put(Reservation {
+                        name,
+                        min_kb,
+                        until_s: f64::from(eighths) / 8.0,
+                        admitted,
+                    });
+                }
+                Runtime {
+                    vms,
+                    sizes,
+                    reservations,
+                }
+            })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn what_was_told_is_read_again(runtime in any_runtime(), cut in 0usize..100) {
+            let dir = tempfile::TempDir::new().unwrap();
+            let path = dir.path().join("run.json");
+            runtime.save(&path).unwrap();
+            prop_assert_eq!(Runtime::load(&path), Ok(runtime));
+            // Cut anywhere, it is refused, and by its name.
+            let bytes = fs::read(&path).unwrap();
+            fs::write(&path, &bytes[..bytes.len() * cut / 100]).unwrap();
+            prop_assert!(Runtime::load(&path).unwrap_err().contains("run.json: "));
+        }
+
+        #[test]
+        fn what_was_told_holds_or_is_named(runtime in any_runtime()) {
+            let file = file();
+            let (config, misfits) = runtime.over(&file);
+            for (name, told) in &runtime.vms {
+                let vm = config.vm(name);
+                let misfit = misfits.iter().any(|said| said.starts_with(&format!("VM {}: ", escape(name.as_bytes()))));
+                if told.set.is_empty() {
+                    let stays = file.vm(name).filter(|_| !told.removed);
+                    prop_assert_eq!(vm, stays);
+                } else {
+                    let given = vm.is_some_and(|vm| {
+                        let mut kept = told.set.iter().filter(|(_, value)| *value != DEFAULT);
+                        kept.all(|(key, value)| vm.given.get(key) == Some(value))
+                    });
+                    prop_assert!(given || misfit, "{} {:?}", name, told);
+                }
+            }
+            let told = |vm: &&VmConfig| !runtime.vms.contains_key(&vm.name);
+            let untold: Vec<_> = config.vms.iter().filter(told).collect();
+            prop_assert_eq!(untold, file.vms.iter().filter(told).collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn no_file_does_harm(
+            bytes in prop::collection::vec(any::<u8>(), 0..100),
+            text in "(\\{|\\}|\"vms\":|\"sizes\":|\"reservations\":|\"a\":|\"set\":|1e999|-1|7|,|\\PC){0,12}",
+        ) {
+            let dir = tempfile::TempDir::new().unwrap();
+            let path = dir.path().join("run.json");
+            for bytes in [&bytes[..], text.as_bytes()] {
+                fs::write(&path, bytes).unwrap();
+                match Runtime::load(&path) {
+                    // What is taken says the same when it is written.
+                    Ok(runtime) => {
+                        runtime.save(&path).unwrap();
+                        prop_assert_eq!(Runtime::load(&path), Ok(runtime));
+                    }
+                    Err(said) => prop_assert!(said.contains("run.json: "), "{}", said),
+                }
+            }
+        }
     }
 }

@@ -120,10 +120,13 @@ fn workspace() -> Result<Vec<Test>> {
     Ok(all)
 }
 
-/// The tests in the output of `cargo test`.
+/// The tests in the output of `cargo test`. A binary of which less or more results are seen than it
+/// announced is a failure of its own.
 pub fn unit_tests(text: &str, log: &Path) -> Vec<Test> {
     let mut krate = String::new();
     let mut tests = Vec::new();
+    // What the binary that runs announced, and where its results begin.
+    let mut planned: Option<(usize, usize)> = None;
     for line in text.lines() {
         let line = line.trim();
         if line.starts_with("Running ") {
@@ -131,6 +134,10 @@ pub fn unit_tests(text: &str, log: &Path) -> Vec<Test> {
             krate = binary.split('-').next().unwrap_or("").to_string();
         } else if let Some(name) = line.strip_prefix("Doc-tests ") {
             krate = format!("{name} (doc)");
+        }
+        if let Some(count) = announced(line) {
+            check_plan(&mut tests, planned, log);
+            planned = Some((count, tests.len()));
         }
         let Some((name, verdict)) = line
             .strip_prefix("test ")
@@ -151,7 +158,26 @@ pub fn unit_tests(text: &str, log: &Path) -> Vec<Test> {
         };
         tests.push(Test { name, outcome });
     }
+    check_plan(&mut tests, planned, log);
     tests
+}
+
+/// Tests that a binary says that it will run.
+fn announced(line: &str) -> Option<usize> {
+    let count = line.strip_prefix("running ")?;
+    let count = count
+        .strip_suffix(" tests")
+        .or(count.strip_suffix(" test"))?;
+    count.parse().ok()
+}
+
+fn check_plan(tests: &mut Vec<Test>, planned: Option<(usize, usize)>, log: &Path) {
+    let Some((count, from)) = planned else { return };
+    let seen = tests.len() - from;
+    if seen != count {
+        let said = format!("{count} announced, {seen} seen: see {}", log.display());
+        tests.push(Test::fail("cargo test: results", said));
+    }
 }
 
 fn uml(k: &Kernel) -> Vec<Suite> {
@@ -559,6 +585,7 @@ fn job(name: &str, place: Place, script: &str) -> Job {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn lockdep_has_to_speak_after_the_order_is_broken_and_not_before() {
@@ -613,12 +640,76 @@ mod tests {
         let text = "     Running unittests src/main.rs (target/debug/deps/xtask-5c8a)\n\
                     running 3 tests\ntest a::b ... ok\ntest c ... FAILED\n\
                     test d ... ignored, needs a disk\n   Doc-tests thinram_logic\n\
-                    test lib.rs - f (line 3) ... ok\n";
+                    running 1 test\ntest lib.rs - f (line 3) ... ok\n";
         let tests = unit_tests(text, Path::new("log"));
         assert_eq!(tests.len(), 4);
         assert_eq!(tests[0], Test::pass("xtask: a::b"));
         assert!(matches!(tests[1].outcome, Outcome::Fail(_)));
         assert_eq!(tests[2].outcome, Outcome::Skip("needs a disk".into()));
         assert_eq!(tests[3].name, "thinram_logic (doc): lib.rs - f (line 3)");
+    }
+
+    fn cargo_line(test: &Test) -> String {
+        let name = &test.name;
+        match &test.outcome {
+            Outcome::Pass => format!("test {name} ... ok"),
+            Outcome::Fail(_) => format!("test {name} ... FAILED"),
+            Outcome::Skip(why) => format!("test {name} ... ignored, {why}"),
+        }
+    }
+
+    fn cargo_test() -> impl Strategy<Value = Test> {
+        let outcome = prop_oneof![
+            4 => Just(Outcome::Pass),
+            1 => Just(Outcome::Fail("see log".into())),
+            1 => "[a-z][a-z ]{0,9}[a-z]".prop_map(Outcome::Skip),
+        ];
+        let name = "[a-z_]{1,9}(::[a-z_]{1,9}){0,2}( - should panic)?( \\(line [0-9]{1,3}\\))?";
+        (name, outcome).prop_map(|(name, outcome)| Test { name, outcome })
+    }
+
+    proptest! {
+        #[test]
+        fn each_result_of_cargo_counts(
+            binaries in prop::collection::vec(prop::collection::vec(cargo_test(), 0..6), 1..4),
+            noise in "(warning: \\PC{0,9}|thread 'a' panicked|failures:|    a::b|test result: FAILED\\. 0 passed)?",
+            lost in any::<prop::sample::Index>(),
+        ) {
+            let (mut lines, mut results, mut expected) = (Vec::new(), Vec::new(), Vec::new());
+            for (nth, tests) in binaries.iter().enumerate() {
+                lines.push(format!("     Running unittests src/lib.rs (target/debug/deps/b{nth}-5c8a)"));
+                let s = if tests.len() == 1 { "" } else { "s" };
+                lines.push(format!("running {} test{s}", tests.len()));
+                for test in tests {
+                    results.push(lines.len());
+                    lines.push(cargo_line(test));
+                    lines.push(noise.clone());
+                    expected.push(Test { name: format!("b{nth}: {}", test.name), ..test.clone() });
+                }
+            }
+            let log = Path::new("log");
+            prop_assert_eq!(unit_tests(&lines.join("\n"), log), expected);
+            // Without one of them, as of a binary that crashed, or with one more, it is a failure.
+            if !results.is_empty() {
+                let at = *lost.get(&results);
+                let mut fewer = lines.clone();
+                let line = fewer.remove(at);
+                let told = |lines: &[String]| {
+                    let tests = unit_tests(&lines.join("\n"), log);
+                    tests.iter().filter(|test| test.name == "cargo test: results").count()
+                };
+                prop_assert_eq!(told(&fewer), 1);
+                lines.insert(at, line);
+                prop_assert_eq!(told(&lines), 1);
+            }
+        }
+
+        #[test]
+        fn no_output_of_cargo_passes_unseen(text in "(\\PC|\n|test |a::b| \\.\\.\\. |ok|ignored|FAILED|running [0-9] tests|Running a/b-c){0,30}") {
+            let tests = unit_tests(&text, Path::new("log"));
+            let said = text.lines().filter(|line| line.trim().ends_with(" ... ok")).count();
+            let passed = tests.iter().filter(|test| test.outcome == Outcome::Pass).count();
+            prop_assert!(passed <= said, "{:?}", tests);
+        }
     }
 }

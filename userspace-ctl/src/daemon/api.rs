@@ -366,3 +366,125 @@ pub fn within_bounds(config: &VmConfig, kb: u64) -> Result<(), String> {
         config.name
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::cell::RefCell;
+    use std::net::Shutdown;
+
+    /// What a client hears that says `question` and no more, and what the daemon took it for.
+    fn asked(question: &[u8]) -> (Vec<u8>, Option<Request>) {
+        let (mut client, daemon) = UnixStream::pair().unwrap();
+        client.write_all(question).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let taken = RefCell::new(None);
+        answer(daemon, |request| {
+            *taken.borrow_mut() = Some(request);
+            Ok(Reply::Done {})
+        });
+        let mut heard = Vec::new();
+        // What the daemon left unread may reset the connection.
+        let _ = client.read_to_end(&mut heard);
+        (heard, taken.into_inner())
+    }
+
+    fn request() -> impl Strategy<Value = Request> {
+        let name = || "[a-z0-9-]{1,9}|\\PC{0,6}";
+        let settings = prop::collection::btree_map(name(), "\\PC{0,8}", 0..4);
+        let admit = (
+            name(),
+            any::<[u64; 3]>(),
+            prop::option::of(any::<u64>()),
+            any::<bool>(),
+        );
+        prop_oneof![
+            Just(Request::Status),
+            Just(Request::Snapshot),
+            name().prop_map(|vm| Request::Explain { vm }),
+            name().prop_map(|vm| Request::Release { vm }),
+            name().prop_map(|vm| Request::Remove { vm }),
+            name().prop_map(|vm| Request::Cancel { vm }),
+            (name(), any::<u64>()).prop_map(|(vm, kb)| Request::Balloon { vm, kb }),
+            (name(), settings).prop_map(|(vm, settings)| Request::Add { vm, settings }),
+            (name(), name(), "\\PC{0,8}").prop_map(|(vm, key, value)| Request::Set {
+                vm,
+                key,
+                value
+            }),
+            admit.prop_map(
+                |(vm, [min_kb, max_kb, hold_s], risk, wait)| Request::Admit {
+                    vm,
+                    min_kb,
+                    max_kb,
+                    unshare_risk_percent: risk,
+                    hold_s,
+                    wait,
+                }
+            ),
+        ]
+    }
+
+    /// What a request says, read as nothing but JSON; what is not given is not there.
+    fn plain(mut value: Value) -> Value {
+        if let Some(map) = value.as_object_mut() {
+            map.retain(|_, value| !value.is_null());
+        }
+        value
+    }
+
+    #[test]
+    fn no_question_is_longer_than_it_may_be() {
+        let long = format!(
+            "{{\"op\":\"explain\",\"vm\":\"{}\"}}\n",
+            "x".repeat(64 << 10)
+        );
+        let (heard, taken) = asked(long.as_bytes());
+        assert_eq!(taken, None);
+        let heard = String::from_utf8(heard).unwrap();
+        assert!(
+            heard.is_empty() || heard.contains("not a question"),
+            "{heard}"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn a_request_comes_as_it_was_sent(request in request(), more in "\\PC{0,20}") {
+            let mut line = serde_json::to_vec(&request).unwrap();
+            prop_assert!(!line.contains(&b'\n'));
+            line.push(b'\n');
+            // One question has one answer; what follows it is passed over.
+            line.extend(more.bytes());
+            let (heard, taken) = asked(&line);
+            prop_assert_eq!(taken, Some(request));
+            prop_assert_eq!(heard, b"{\"ok\":{}}\n");
+        }
+
+        #[test]
+        fn what_is_taken_is_what_was_said(
+            text in "\\{(\"op\":\"(status|explain|balloon|cancel|Status|admit)\",?|\"(vm|kb|min_kb|wait|x)\":(\"[a-z]{0,3}\"|-?[0-9]{1,22}|1e3|true|null),?|\\PC){0,6}\\}",
+            bytes in prop::collection::vec(any::<u8>(), 0..60),
+        ) {
+            for question in [text.as_bytes(), &bytes] {
+                let (heard, taken) = asked(question);
+                let line = question.split(|byte| *byte == b'\n').next().unwrap();
+                match taken {
+                    Some(request) => {
+                        let said: Value = serde_json::from_slice(line).unwrap();
+                        prop_assert_eq!(plain(serde_json::to_value(&request).unwrap()), plain(said));
+                        prop_assert_eq!(&heard, b"{\"ok\":{}}\n");
+                    }
+                    None if std::str::from_utf8(question).is_err() => {}
+                    None => {
+                        let said: Value = serde_json::from_slice(&heard).unwrap();
+                        let error = said["error"].as_str().unwrap();
+                        prop_assert!(error.starts_with("not a question that the daemon knows: "));
+                        prop_assert_eq!(heard.iter().filter(|byte| **byte == b'\n').count(), 1);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -102,6 +102,12 @@ fn answer(mut stream: TcpStream, text: &str) -> io::Result<()> {
             got => head.extend(&bytes[..got]),
         }
     }
+    stream.set_write_timeout(Some(LIMIT))?;
+    stream.write_all(response(&head, text).as_bytes())
+}
+
+/// What a client is answered, by the head of its request.
+fn response(head: &[u8], text: &str) -> String {
     let line = head.split(|byte| *byte == b'\r').next().unwrap_or_default();
     let line = String::from_utf8_lossy(line);
     let mut words = line.split(' ');
@@ -117,18 +123,16 @@ fn answer(mut stream: TcpStream, text: &str) -> io::Result<()> {
         _ => ("405 Method Not Allowed", "text/plain", "only GET\n"),
     };
     let body = if method == "HEAD" { "" } else { body };
-    let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+    format!(
+        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
         body.len()
-    );
-    stream.set_write_timeout(Some(LIMIT))?;
-    stream.write_all(head.as_bytes())?;
-    stream.write_all(body.as_bytes())
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn ask(port: u16, request: &str) -> String {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
@@ -163,5 +167,39 @@ mod tests {
         assert!(Http::start(port).is_err(), "the port is taken");
         drop(http);
         assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err());
+    }
+
+    fn head() -> impl Strategy<Value = Vec<u8>> {
+        let line = "(GET|HEAD|POST|get|\\PC{0,4})[ \t]{0,2}(/|/metrics|/metrics/|/Metrics|\\PC{0,6})(\\?[a-z]{0,3})?( HTTP/1.[01])?";
+        let fields = "((Host|GET /metrics): [a-z]{0,5}\r\n){0,3}";
+        let likely = (line, fields).prop_map(|(line, fields)| format!("{line}\r\n{fields}\r\n"));
+        prop_oneof![
+            6 => likely.prop_map(String::into_bytes),
+            1 => prop::collection::vec(any::<u8>(), 0..200),
+        ]
+    }
+
+    proptest! {
+        /// Any head has one answer, as long as it says, and metrics only for who asks for them.
+        #[test]
+        fn any_head_has_a_whole_answer(head in head(), text in "([a-z_]{1,9} [0-9]\n){0,3}# EOF\n") {
+            let answer = response(&head, &text);
+            let (first, body) = answer.split_once("\r\n\r\n").unwrap();
+            let mut lines = first.split("\r\n");
+            let status = lines.next().unwrap().strip_prefix("HTTP/1.1 ").unwrap();
+            let fields: Vec<_> = lines.map(|line| line.split_once(": ").unwrap()).collect();
+            let field = |name| fields.iter().find(|(key, _)| *key == name).map(|(_, value)| *value);
+            prop_assert_eq!(field("Connection"), Some("close"));
+            let length = body.len().to_string();
+            prop_assert_eq!(field("Content-Length"), Some(length.as_str()));
+            let asks = |what: &str| {
+                let rest = head.strip_prefix(what.as_bytes());
+                rest.is_some_and(|rest| matches!(rest.first(), None | Some(b' ' | b'?' | b'\r')))
+            };
+            let (got, looked) = (asks("GET /metrics"), asks("HEAD /metrics"));
+            prop_assert_eq!(status == "200 OK", got || looked, "{}", String::from_utf8_lossy(&head));
+            prop_assert_eq!(body == text, got);
+            prop_assert!(!looked || body.is_empty());
+        }
     }
 }

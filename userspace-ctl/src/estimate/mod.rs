@@ -310,6 +310,7 @@ impl Estimate {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use xxhash_rust::xxh3::xxh3_64;
 
     fn hash(content: u64) -> Option<u64> {
@@ -405,5 +406,66 @@ mod tests {
         let result = none.finish(0);
         assert!(result.vms.is_empty() && result.all_kb == 0);
         assert!(result.render(80).contains("would save 0 KiB"));
+    }
+
+    fn any_estimate() -> impl Strategy<Value = Estimate> {
+        let kb = || prop_oneof![3 => 0u64..1 << 40, 1 => any::<u64>()];
+        let name = || "[a-z0-9-]{1,20}|\\PC{0,8}";
+        let vm = (name(), prop::option::of(name()), [kb(), kb(), kb(), kb()]).prop_map(
+            |(name, domain, [memory_kb, zero_kb, within_kb, opening_kb])| VmEstimate {
+                name,
+                domain,
+                memory_kb,
+                zero_kb,
+                within_kb,
+                opening_kb,
+            },
+        );
+        let pair = (name(), name(), kb());
+        let pair = pair.prop_map(|(a, b, saved_kb)| PairEstimate { a, b, saved_kb });
+        let vms = prop::collection::vec(vm, 0..6);
+        let pairs = prop::collection::vec(pair, 0..30);
+        (vms, pairs, kb(), 1u32..800).prop_map(|(vms, pairs, all_kb, eighths)| Estimate {
+            at_s: all_kb / 2,
+            sample_percent: f64::from(eighths) / 8.0,
+            contents_one_in: 1,
+            vms,
+            pairs,
+            all_kb,
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn what_is_kept_is_read_and_shown(estimate in any_estimate(), width in 20usize..200) {
+            let root = tempfile::TempDir::new().unwrap();
+            std::fs::create_dir(root.path().join("run")).unwrap();
+            estimate.save(root.path()).unwrap();
+            let read = Estimate::load(root.path());
+            prop_assert_eq!(read.as_ref(), Some(&estimate));
+            let shown = estimate.render(width);
+            prop_assert!(shown.contains("domain would") || width < 40, "{}", shown);
+            for vm in &estimate.vms {
+                let first = estimate.vms.iter().find(|other| other.name == vm.name).unwrap();
+                prop_assert_eq!(estimate.opening_kb(&vm.name), Some(first.opening_kb));
+            }
+            // Cut anywhere, it is none.
+            let bytes = std::fs::read(path(root.path())).unwrap();
+            let cut = width * bytes.len() / 200;
+            std::fs::write(path(root.path()), &bytes[..cut]).unwrap();
+            prop_assert_eq!(Estimate::load(root.path()), None);
+        }
+
+        #[test]
+        fn no_file_does_harm(bytes in prop::collection::vec(any::<u8>(), 0..200), text in "[{}\\[\\]\":,0-9a-z_.e-]{0,60}") {
+            let root = tempfile::TempDir::new().unwrap();
+            std::fs::create_dir(root.path().join("run")).unwrap();
+            for bytes in [&bytes[..], text.as_bytes()] {
+                std::fs::write(path(root.path()), bytes).unwrap();
+                prop_assert_eq!(Estimate::load(root.path()), None);
+            }
+        }
     }
 }

@@ -10,8 +10,10 @@ use crate::vm::Vm;
 use rustix::fs::{seek, SeekFrom};
 use rustix::io::Errno;
 use std::collections::HashSet;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
@@ -43,9 +45,10 @@ impl Memory {
     /// Looks for the mounts. An error is a sentence.
     pub fn find(root: &Path, vms: &[Vm]) -> Result<Self, String> {
         let path = root.join("proc/self/mountinfo");
-        let text = fs::read_to_string(&path)
-            .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
-        let mounts = text.lines().filter_map(|line| mount_of(root, line));
+        let text =
+            fs::read(&path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+        let lines = text.split(|byte| *byte == b'\n');
+        let mounts = lines.filter_map(|line| mount_of(root, line));
         let mut owners = HashSet::new();
         let shared_owners = vms
             .iter()
@@ -147,48 +150,58 @@ fn named(mount: &Path, path: &Path) -> Vec<PathBuf> {
     }
 }
 
-fn mount_of(root: &Path, line: &str) -> Option<Mount> {
-    let (left, right) = line.split_once(" - ")?;
-    if right.split(' ').next()? != "thinram" {
+/// A mount of the file system, by its line in mountinfo. Other mounts' paths may be no UTF-8.
+fn mount_of(root: &Path, line: &[u8]) -> Option<Mount> {
+    let mut words = line.split(|byte| *byte == b' ');
+    let (major, minor) = pair(words.nth(2)?)?;
+    let place = unescape(words.nth(1)?);
+    // The type comes behind a dash, before which there are as many words as a mount has.
+    words.find(|word| *word == b"-")?;
+    if words.next()? != b"thinram" {
         return None;
     }
-    let mut words = left.split(' ');
-    let (major, minor) = words.nth(2)?.split_once(':')?;
-    let place = unescape(words.nth(1)?);
+    let below = place.iter().position(|byte| *byte != b'/');
+    let below = OsString::from_vec(place[below.unwrap_or(place.len())..].to_vec());
     Some(Mount {
-        device: (major.parse().ok()?, minor.parse().ok()?),
-        place: root.join(place.trim_start_matches('/')),
+        device: (number(major, 10)?, number(minor, 10)?),
+        place: root.join(below),
     })
 }
 
 /// A path of mountinfo: a space is `\040` there.
-fn unescape(text: &str) -> String {
-    let mut out = String::new();
+fn unescape(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len());
     let mut rest = text;
-    while let Some((before, after)) = rest.split_once('\\') {
-        out.push_str(before);
-        let code = after
-            .get(..3)
-            .and_then(|code| u8::from_str_radix(code, 8).ok());
-        match code {
-            Some(code) => {
-                out.push(char::from(code));
-                rest = &after[3..];
+    while let Some((first, after)) = rest.split_first() {
+        let code = match (first, after) {
+            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..]) => {
+                Some(((a - b'0') << 6) | ((b - b'0') << 3) | (c - b'0'))
             }
-            None => {
-                out.push('\\');
-                rest = after;
-            }
-        }
+            _ => None,
+        };
+        out.push(code.unwrap_or(*first));
+        rest = &after[if code.is_some() { 3 } else { 0 }..];
     }
-    out + rest
+    out
 }
 
 /// `00:2b` of a process's map.
 fn hex_device(word: &[u8]) -> Option<(u64, u64)> {
-    let (major, minor) = std::str::from_utf8(word).ok()?.split_once(':')?;
-    let number = |text| u64::from_str_radix(text, 16).ok();
-    Some((number(major)?, number(minor)?))
+    let (major, minor) = pair(word)?;
+    Some((number(major, 16)?, number(minor, 16)?))
+}
+
+/// What is before and behind a colon.
+fn pair(word: &[u8]) -> Option<(&[u8], &[u8])> {
+    let at = word.iter().position(|byte| *byte == b':')?;
+    Some((&word[..at], &word[at + 1..]))
+}
+
+/// Digits, and nothing else.
+fn number(word: &[u8], radix: u32) -> Option<u64> {
+    let word = std::str::from_utf8(word).ok()?;
+    let plain = word.chars().all(|c| c.is_digit(radix));
+    u64::from_str_radix(word, radix).ok().filter(|_| plain)
 }
 
 /// Tells `into` the pages of a VM: all of them, or a sample of so many in 65536, drawn by `seed`.
@@ -270,21 +283,102 @@ fn read_range(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
 
     #[test]
     fn mounts_are_found() {
         let line =
-            "36 35 0:43 / /run/thin\\040ram rw,nosuid shared:1 - thinram thinram rw,domain=x";
+            b"36 35 0:43 / /run/thin\\040ram rw,nosuid shared:1 - thinram thinram rw,domain=x";
         let mount = mount_of(Path::new("/r"), line).unwrap();
         assert_eq!(mount.device, (0, 43));
         assert_eq!(mount.place, Path::new("/r/run/thin ram"));
-        assert_eq!(
-            mount_of(Path::new("/"), "36 35 0:43 / /x rw - tmpfs t rw"),
-            None
-        );
-        assert_eq!(mount_of(Path::new("/"), "garbage - thinram"), None);
-        assert_eq!(unescape("a\\134b\\x"), "a\\b\\x");
+        let none = |line: &[u8]| assert_eq!(mount_of(Path::new("/"), line), None);
+        none(b"36 35 0:43 / /x rw - tmpfs t rw");
+        none(b"36 35 0:43 / /x rw - tmpfs thinram rw");
+        none(b"36 35 +0:43 / /x rw - thinram thinram rw");
+        none(b"garbage - thinram");
+        assert_eq!(unescape(b"a\\134b\\x"), b"a\\b\\x");
+        assert_eq!(unescape(b"\\777\\+40\\04"), b"\\777\\+40\\04");
         assert_eq!(hex_device(b"00:2b"), Some((0, 43)));
+    }
+
+    #[test]
+    fn a_neighbours_odd_path_hides_no_mount() {
+        let dir = tempfile::TempDir::new().unwrap();
+        fs::create_dir_all(dir.path().join("proc/self")).unwrap();
+        let mut info = b"30 1 8:1 / /mnt/gr\xfc\xdfe rw - ext4 /dev/sda1 rw\n".to_vec();
+        info.extend(b"36 35 0:43 / /run/\xff rw - thinram thinram rw\n");
+        fs::write(dir.path().join("proc/self/mountinfo"), info).unwrap();
+        let memory = Memory::find(dir.path(), &[]).unwrap();
+        let place = dir.path().join("run").join(OsStr::from_bytes(b"\xff"));
+        let device = (0, 43);
+        assert_eq!(memory.mounts, [Mount { device, place }]);
+    }
+
+    /// As the kernel writes a path: seq_path with " \t\n\\#".
+    fn escape(path: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        for byte in path {
+            match byte {
+                b' ' | b'\t' | b'\n' | b'\\' | b'#' => out.extend(format!("\\{byte:03o}").bytes()),
+                _ => out.push(*byte),
+            }
+        }
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn paths_come_back(path in prop::collection::vec(prop_oneof![any::<u8>(), prop::sample::select(&b" \\#0413\n"[..])], 0..40)) {
+            prop_assert_eq!(unescape(&escape(&path)), path);
+        }
+
+        /// Any path but those with a zero byte can be that of a mount, with any number of optional words.
+        #[test]
+        fn a_mount_is_found_by_its_line(
+            major in 0u64..1 << 12,
+            minor in 0u64..1 << 20,
+            path in prop::collection::vec(prop_oneof![2 => 1u8.., 1 => prop::sample::select(&b" -\\/\n"[..])], 0..30),
+            optional in prop::collection::vec("(shared|master|unbindable):?[0-9]{0,3}", 0..3),
+            ours in any::<bool>(),
+        ) {
+            let mut line = format!("36 35 {major}:{minor} / /").into_bytes();
+            line.extend(escape(&path));
+            line.extend(b" rw,nosuid");
+            optional.iter().for_each(|word| line.extend(format!(" {word}").bytes()));
+            line.extend(if ours { &b" - thinram thinram rw"[..] } else { b" - ext4 thinram rw" });
+            let mount = mount_of(Path::new("/r"), &line);
+            let start = path.iter().position(|byte| *byte != b'/').unwrap_or(path.len());
+            let place = Path::new("/r").join(OsStr::from_bytes(&path[start..]));
+            prop_assert_eq!(mount, ours.then_some(Mount { device: (major, minor), place }));
+        }
+
+        #[test]
+        fn no_line_is_taken_for_a_mount_without_saying_so(
+            line in "([0-9]{1,4}|0:4[0-9]|\\+1:2|/[a-z\\\\]{0,4}|\\\\0[0-9]|-|thinram|\\PC{0,5}| ){0,14}",
+        ) {
+            if let Some(mount) = mount_of(Path::new("/r"), line.as_bytes()) {
+                let words: Vec<&str> = line.split(' ').collect();
+                let device = words[2].split_once(':').unwrap();
+                let device = (device.0.parse().unwrap(), device.1.parse().unwrap());
+                prop_assert_eq!(device, mount.device);
+                prop_assert!(!words[2].contains('+'));
+                prop_assert!(line.contains(" - thinram"), "{}", line);
+                prop_assert!(mount.place.starts_with("/r"));
+            }
+        }
+
+        #[test]
+        fn devices_as_they_are_written(major: u32, minor: u32, word in "[0-9a-gA-F:+-]{0,8}") {
+            let written = format!("{major:02x}:{minor:02x}");
+            prop_assert_eq!(hex_device(written.as_bytes()), Some((major.into(), minor.into())));
+            let read = hex_device(word.as_bytes());
+            let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_hexdigit());
+            let is_one = word.split_once(':').is_some_and(|(a, b)| digits(a) && digits(b));
+            prop_assert_eq!(read.is_some(), is_one, "{}", word);
+        }
     }
 
     #[test]

@@ -98,6 +98,12 @@ pub struct GuestStats {
 }
 
 impl GuestStats {
+    /// What a QEMU's answer tells; `None` where no driver ever told anything.
+    fn told(value: Value) -> Option<Self> {
+        let raw: RawStats = serde_json::from_value(value).ok()?;
+        (raw.last_update > 0).then(|| Self::from_raw(&raw))
+    }
+
     fn from_raw(raw: &RawStats) -> Self {
         let number = |name: &str| known(raw.stats.get(name)?);
         let kb = |name: &str| number(name).map(|bytes| bytes / 1024);
@@ -193,9 +199,98 @@ impl Balloon {
             Err(error) if error.is_refusal() => return Ok(None),
             Err(error) => return Err(error),
         };
-        let raw: Option<RawStats> = serde_json::from_value(value).ok();
-        Ok(raw
-            .filter(|raw| raw.last_update > 0)
-            .map(|raw| GuestStats::from_raw(&raw)))
+        Ok(GuestStats::told(value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::{json, Map};
+
+    const NAMES: [&str; 7] = [
+        "stat-total-memory",
+        "stat-free-memory",
+        "stat-available-memory",
+        "stat-disk-caches",
+        "stat-swap-in",
+        "stat-swap-out",
+        "stat-major-faults",
+    ];
+
+    /// A figure as a QEMU may tell it, and what it comes to.
+    fn figure() -> impl Strategy<Value = (Value, Option<u64>)> {
+        prop_oneof![
+            6 => (0..u64::MAX).prop_map(|n| (json!(n), Some(n))),
+            1 => Just((json!(u64::MAX), None)),
+            1 => any::<i64>().prop_map(|n| (json!(n), u64::try_from(n).ok())),
+            1 => any::<f64>().prop_map(|n| (json!(n), None)),
+            1 => "\\PC{0,5}".prop_map(|text| (json!(text), None)),
+            1 => Just((json!([7]), None)),
+            1 => Just((Value::Null, None)),
+        ]
+    }
+
+    fn any_value() -> impl Strategy<Value = Value> {
+        let word = "stats|last-update|stat-free-memory|\\PC{0,4}";
+        let leaf = prop_oneof![
+            figure().prop_map(|(value, _)| value),
+            word.prop_map(Value::from)
+        ];
+        leaf.prop_recursive(3, 24, 4, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::hash_map(word, inner, 0..4)
+                    .prop_map(|map| Value::from(map.into_iter().collect::<Map<_, _>>())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn each_figure_is_that_of_its_name(
+            told in prop::collection::vec(prop::option::weighted(0.8, figure()), NAMES.len()),
+            noise in prop::collection::hash_map("stat-[a-z]{1,9}|[0-9]{1,4}", figure(), 0..4),
+            at in 0u64..1 << 40,
+        ) {
+            let mut stats = Map::new();
+            stats.extend(noise.into_iter().map(|(name, (value, _))| (name, value)));
+            for (name, told) in NAMES.iter().zip(&told) {
+                stats.remove(*name);
+                if let Some((value, _)) = told {
+                    stats.insert((*name).into(), value.clone());
+                }
+            }
+            let read = GuestStats::told(json!({ "stats": stats, "last-update": at }));
+            let bytes: Vec<_> = told.iter().map(|told| told.as_ref().and_then(|(_, n)| *n)).collect();
+            let kb = |nth: usize| bytes[nth].map(|bytes: u64| bytes / 1024);
+            let expected = GuestStats {
+                last_update_s: at,
+                total_kb: kb(0),
+                free_kb: kb(1),
+                available_kb: kb(2),
+                caches_kb: kb(3),
+                swap_in_kb: kb(4),
+                swap_out_kb: kb(5),
+                major_faults: bytes[6],
+            };
+            // Before the driver told anything there is no time of it.
+            prop_assert_eq!(read, (at > 0).then_some(expected));
+            if let Some(net) = expected.swapped_out_kb() {
+                prop_assert!(net <= kb(5).unwrap());
+            }
+        }
+
+        #[test]
+        fn no_answer_does_harm(value in any_value()) {
+            let parts = match &value {
+                // serde takes a list for a struct, in the order of its fields.
+                Value::Array(list) if list.len() == 2 => (&list[0], &list[1]),
+                other => (&other["stats"], &other["last-update"]),
+            };
+            let plain = parts.0.is_object() && parts.1.as_u64() > Some(0);
+            prop_assert_eq!(GuestStats::told(value).is_some(), plain);
+        }
     }
 }
