@@ -15,6 +15,7 @@ use crate::{
     logic::{
         bell::Request,
         clusters::{Cluster, ClusterStore, Clusters, Fill, Phase, Place, CLUSTER_BYTES},
+        object::{self, Object, Room},
     },
     sys::{
         clock,
@@ -44,9 +45,6 @@ const CACHED_MAX: usize = 8;
 pub(super) const FREE_LOW: u32 = 2 * WRITING_MAX as u32;
 /// A read that failed is not tried again for so long.
 const FAILED_US: u64 = 1_000_000;
-/// What comes before the bytes of each object: its checksum and its length.
-const HEAD: usize = 16;
-const SEAL_BYTES: usize = 8;
 
 /// The clusters of a file.
 pub(super) struct Table(KVVec<Cluster>);
@@ -334,8 +332,7 @@ impl Swap {
             return None;
         }
         let volume = inner.volume.as_mut()?;
-        let size = HEAD.checked_add(bytes.len())?;
-        if let Some(place) = volume.put(size, bytes) {
+        if let Some(place) = volume.put(bytes) {
             return Some(place);
         }
         if volume.seal() {
@@ -344,7 +341,7 @@ impl Swap {
         if !volume.begin_filling() {
             return None;
         }
-        volume.put(size, bytes)
+        volume.put(bytes)
     }
 
     /// The object is not needed any more.
@@ -616,28 +613,16 @@ impl Volume {
     }
 
     /// Encrypts an object into the cluster that is being filled.
-    fn put(&mut self, size: usize, bytes: &[u8]) -> Option<Place> {
+    fn put(&mut self, bytes: &[u8]) -> Option<Place> {
         let filling = self.filling.as_mut()?;
-        let room = CLUSTER_BYTES.checked_sub(filling.fill.bytes())?;
-        if size > room || bytes.is_empty() || bytes.len() > PAGE_SIZE {
-            return None;
-        }
+        let size = object::size(bytes.len())?;
         let place = self.clusters.place(&mut filling.fill, size)?;
         let nonce = nonce(filling.fill.number(), place);
-        let start = place.offset();
-        let to = filling
-            .buffer
-            .0
-            .get_mut(start..start.saturating_add(size))?;
-        let (head, body) = to.split_at_mut_checked(HEAD)?;
-        body.copy_from_slice(bytes);
-        self.key.apply(nonce, body);
-        let seal = self.key.seal(nonce, body).to_le_bytes();
-        let len = (bytes.len() as u64).to_le_bytes();
-        let words = Iterator::chain(seal.into_iter(), len);
-        for (to, from) in head.iter_mut().zip(words) {
-            *to = from;
-        }
+        let room = Room::of(&mut filling.buffer.0[..], place.offset(), bytes.len())?;
+        room.body.copy_from_slice(bytes);
+        self.key.apply(nonce, room.body);
+        let seal = self.key.seal(nonce, room.body);
+        room.close(seal);
         Some(place)
     }
 
@@ -750,20 +735,16 @@ fn open(
     place: Place,
     scratch: &mut Scratch,
 ) -> Option<usize> {
-    let object = buffer.0.get(place.offset()..)?;
-    let (head, body) = object.split_at_checked(HEAD)?;
-    let (seal, len) = head.split_at_checked(SEAL_BYTES)?;
-    let seal = u64::from_le_bytes(seal.try_into().ok()?);
-    let len = usize::try_from(u64::from_le_bytes(len.try_into().ok()?)).ok()?;
-    let body = body.get(..len)?;
+    let object = Object::at(&buffer.0[..], place.offset())?;
     let nonce = nonce(number, place);
-    if protect::armed(protect::Protection::Checksum) && key.seal(nonce, body) != seal {
+    if protect::armed(protect::Protection::Checksum) && key.seal(nonce, object.body) != object.seal
+    {
         return None;
     }
-    let out = scratch.bytes_mut().get_mut(..len)?;
-    out.copy_from_slice(body);
+    let out = scratch.bytes_mut().get_mut(..object.body.len())?;
+    out.copy_from_slice(object.body);
     key.apply(nonce, out);
-    Some(len)
+    Some(object.body.len())
 }
 
 /// What swapping counts.

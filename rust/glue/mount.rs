@@ -10,7 +10,8 @@ use crate::{
     engine::{backing::PAGE, host::Host, vm::VmDefaults},
     logic::{
         counts::pages_to_kb,
-        tunables::{self, LargePages, Shown, Takes},
+        options::{self, Fixed, Text},
+        tunables::{Shown, Takes},
     },
     sys::{bindings, swapio::SwapDir},
 };
@@ -61,17 +62,10 @@ const ENOPARAM: c_int = -519;
 /// "thnr"
 const MAGIC: usize = 0x7468_6e72;
 
-/// What was asked for; `None` = not mentioned.
+/// What was asked for.
 #[derive(Default)]
 struct Options {
-    size_pages: Option<u64>,
-    mode: Option<u16>,
-    uid: Option<bindings::kuid_t>,
-    gid: Option<bindings::kgid_t>,
-    domain: Option<KVec<u8>>,
-    share: Option<bool>,
-    scan_pages_per_sec: Option<u64>,
-    large_pages: Option<LargePages>,
+    given: options::Options<KVec<u8>>,
     swap_dir: Option<Arc<SwapDir>>,
 }
 
@@ -158,6 +152,27 @@ unsafe extern "C" fn thinram_rs_parse_param(
     super::errno(parsed)
 }
 
+fn own(name: &str) -> Option<KVec<u8>> {
+    let mut owned = KVec::new();
+    owned.extend_from_slice(name.as_bytes(), GFP_KERNEL).ok()?;
+    Some(owned)
+}
+
+/// Takes an option whose value is a text.
+fn take(
+    fc: *mut bindings::fs_context,
+    given: &mut options::Options<KVec<u8>>,
+    option: Text,
+    text: &[u8],
+) -> Result {
+    given
+        .take(option, text, PAGE, own)
+        .map_err(|bad| match bad {
+            Some(_) => refuse_value(fc, option.name(), text),
+            None => ENOMEM,
+        })
+}
+
 /// # Safety
 ///
 /// `value` holds what option `opt` takes.
@@ -168,39 +183,20 @@ unsafe fn parse(
     text: &[u8],
     value: &bindings::fs_parse_result,
 ) -> Result {
+    let given = &mut options.given;
     // SAFETY: By the caller's promise.
     unsafe {
         match opt {
-            OPT_SIZE => {
-                let bytes =
-                    tunables::parse_size(text).map_err(|_| refuse_value(fc, "size", text))?;
-                options.size_pages = Some(bytes.div_ceil(PAGE));
-            }
-            OPT_MODE => match u16::try_from(bindings::thinram_result_u32(value)) {
-                Ok(mode) if mode <= 0o777 => options.mode = Some(mode),
-                _ => return Err(refuse_value(fc, "mode", text)),
-            },
-            OPT_UID => options.uid = Some(bindings::thinram_result_uid(value)),
-            OPT_GID => options.gid = Some(bindings::thinram_result_gid(value)),
-            OPT_DOMAIN => {
-                let name =
-                    tunables::parse_name(text).map_err(|_| refuse_value(fc, "domain", text))?;
-                let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
-                owned.extend_from_slice(name.as_bytes(), GFP_KERNEL)?;
-                options.domain = Some(owned);
-            }
-            OPT_SHARE => options.share = Some(bindings::thinram_result_bool(value)),
-            OPT_SCAN_PAGES => {
-                let name = "scan_pages_per_sec";
-                let pages =
-                    super::sysfs::vm_knob(name, text).map_err(|_| refuse_value(fc, name, text))?;
-                options.scan_pages_per_sec = Some(pages);
-            }
-            OPT_LARGE_PAGES => {
-                let word =
-                    LargePages::parse(text).map_err(|_| refuse_value(fc, "large_pages", text))?;
-                options.large_pages = Some(word);
-            }
+            OPT_SIZE => take(fc, given, Text::Size, text)?,
+            OPT_MODE => given
+                .take_mode(bindings::thinram_result_u32(value))
+                .map_err(|_| refuse_value(fc, "mode", text))?,
+            OPT_UID => given.uid = Some(bindings::thinram_result_uid(value).val),
+            OPT_GID => given.gid = Some(bindings::thinram_result_gid(value).val),
+            OPT_DOMAIN => take(fc, given, Text::Domain, text)?,
+            OPT_SHARE => given.share = Some(bindings::thinram_result_bool(value)),
+            OPT_SCAN_PAGES => take(fc, given, Text::ScanPagesPerSec, text)?,
+            OPT_LARGE_PAGES => take(fc, given, Text::LargePages, text)?,
             OPT_SWAP_DIR => {
                 let dir = SwapDir::open(text).inspect_err(|&error| {
                     let (dir, why) = (Shown(text), super::sysfs::swap_dir_error(error));
@@ -239,16 +235,20 @@ unsafe extern "C" fn fill_super(
 /// `sb` is new and empty.
 unsafe fn fill(sb: *mut bindings::super_block, options: &mut Options) -> Result {
     let host = HOST.lock().clone().ok_or(ENODEV)?;
+    let given = &mut options.given;
     let defaults = VmDefaults {
-        share: options.share.unwrap_or(true),
-        scan_pages_per_sec: options.scan_pages_per_sec.unwrap_or(0),
-        large_pages: options.large_pages,
+        share: given.share.unwrap_or(true),
+        scan_pages_per_sec: given.scan_pages_per_sec.unwrap_or(0),
+        large_pages: given.large_pages,
         swap_dir: options.swap_dir.take(),
     };
-    let mode = options.mode.unwrap_or(0o700);
-    let limit = options.size_pages.unwrap_or(0);
-    let owner = (options.uid, options.gid);
-    let mount = Mount::new(host, options.domain.take(), defaults, mode, owner, limit)?;
+    let mode = given.mode.unwrap_or(0o700);
+    let limit = given.size_pages.unwrap_or(0);
+    let owner = (
+        given.uid.map(|val| bindings::kuid_t { val }),
+        given.gid.map(|val| bindings::kgid_t { val }),
+    );
+    let mount = Mount::new(host, given.domain.take(), defaults, mode, owner, limit)?;
     // SAFETY: The superblock is ours alone; kill_sb takes the Arc back.
     unsafe {
         (*sb).s_fs_info = mount.into_raw().cast_mut().cast();
@@ -258,10 +258,10 @@ unsafe fn fill(sb: *mut bindings::super_block, options: &mut Options) -> Result 
         (*sb).s_magic = MAGIC;
         bindings::thinram_sb_setup(sb);
         let root = fs::new_dir(sb, core::ptr::null(), mode, b"/", true)?;
-        if let Some(uid) = options.uid {
+        if let Some(uid) = owner.0 {
             (*root).i_uid = uid;
         }
-        if let Some(gid) = options.gid {
+        if let Some(gid) = owner.1 {
             (*root).i_gid = gid;
         }
         (*sb).s_root = bindings::d_make_root(root);
@@ -287,54 +287,26 @@ fn remount(
     options: &Options,
     mount: ArcBorrow<'_, Mount>,
 ) -> Result {
-    let same_domain = match (&options.domain, &mount.domain) {
-        (None, _) => true,
-        (Some(new), Some(old)) => new[..] == old[..],
-        (Some(_), None) => false,
+    let now = options::Options {
+        size_pages: None,
+        mode: Some(mount.mode),
+        uid: mount.owner.0.map(|uid| uid.val),
+        gid: mount.owner.1.map(|gid| gid.val),
+        domain: mount.domain.as_deref(),
+        share: Some(mount.defaults.share),
+        scan_pages_per_sec: Some(mount.defaults.scan_pages_per_sec),
+        large_pages: mount.defaults.large_pages,
     };
-    if !same_domain {
-        return Err(refuse(
-            fc,
-            fmt!("domain= cannot change on remount: write vms/NAME/domain instead"),
-        ));
+    let other_dir = options.swap_dir.as_ref().is_some_and(|new| {
+        let old = mount.defaults.swap_dir.as_ref();
+        !old.is_some_and(|old| old.is(new))
+    });
+    let fixed = options.given.fixed(&now);
+    if let Some(fixed) = fixed.or(other_dir.then_some(Fixed::Defaults)) {
+        let why = fixed.why();
+        return Err(refuse(fc, fmt!("{why}")));
     }
-    let (uid, gid) = mount.owner;
-    let same_owner = options
-        .uid
-        .is_none_or(|new| uid.is_some_and(|old| old.val == new.val))
-        && options
-            .gid
-            .is_none_or(|new| gid.is_some_and(|old| old.val == new.val));
-    if !same_owner {
-        return Err(refuse(
-            fc,
-            fmt!("uid= and gid= cannot change on remount: use chown"),
-        ));
-    }
-    if options.mode.is_some_and(|mode| mode != mount.mode) {
-        return Err(refuse(
-            fc,
-            fmt!("mode= cannot change on remount: use chmod"),
-        ));
-    }
-    if options
-        .share
-        .is_some_and(|share| share != mount.defaults.share)
-        || options
-            .scan_pages_per_sec
-            .is_some_and(|n| n != mount.defaults.scan_pages_per_sec)
-        || options.swap_dir.as_ref().is_some_and(|new| {
-            let old = mount.defaults.swap_dir.as_ref();
-            !old.is_some_and(|old| old.is(new))
-        })
-        || (options.large_pages.is_some() && options.large_pages != mount.defaults.large_pages)
-    {
-        return Err(refuse(
-            fc,
-            fmt!("defaults for VMs cannot change on remount: write vms/NAME/..."),
-        ));
-    }
-    if let Some(pages) = options.size_pages {
+    if let Some(pages) = options.given.size_pages {
         mount.set_limit(pages).map_err(|_| {
             let (new, used) = (pages_to_kb(pages), pages_to_kb(mount.usage().1));
             refuse(fc, fmt!("size={new}k is less than the files have: {used}k"))

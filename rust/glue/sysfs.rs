@@ -45,7 +45,7 @@ fn knob(name: &str, bytes: &[u8]) -> Result<u64> {
 }
 
 /// The value of a VM's number, from its file or a mount option.
-pub(super) fn vm_knob(name: &str, bytes: &[u8]) -> Result<u64> {
+fn vm_knob(name: &str, bytes: &[u8]) -> Result<u64> {
     taken(Knob::find_vm(name), bytes)
 }
 

@@ -22,6 +22,8 @@ pub mod hash;
 pub mod hints;
 pub mod hist;
 pub mod huge;
+pub mod object;
+pub mod options;
 pub mod pace;
 pub mod records;
 pub mod sample;
