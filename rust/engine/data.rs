@@ -36,6 +36,40 @@ pub(crate) enum Readable {
     Page(Frame),
 }
 
+/// Why a page cannot be had.
+enum NotThere {
+    /// The memory that it was in is broken, or swap gave it up: whoever reads it gets an error for ever.
+    Gone,
+    /// Anything else; EIO: it cannot be read from swap now, or is not what was written.
+    For(Error),
+}
+
+impl From<Error> for NotThere {
+    fn from(error: Error) -> NotThere {
+        NotThere::For(error)
+    }
+}
+
+impl From<NotThere> for Error {
+    fn from(why: NotThere) -> Error {
+        match why {
+            NotThere::Gone => EIO,
+            NotThere::For(error) => error,
+        }
+    }
+}
+
+impl NotThere {
+    /// Swap has not got a page back; `is_lost`: and never will.
+    fn swapped(is_lost: bool) -> NotThere {
+        if is_lost {
+            NotThere::Gone
+        } else {
+            NotThere::For(EIO)
+        }
+    }
+}
+
 /// Page `page` for reading.
 pub(crate) fn readable(backing: &Backing, page: u64) -> Result<Readable> {
     let Some(region) = backing.region(page) else {
@@ -107,7 +141,7 @@ fn copy_packed(
     index: usize,
     scratch: &mut Scratch,
     to: &mut Frame,
-) -> Result<Option<Unread>> {
+) -> Result<Option<Unread>, NotThere> {
     let (slot, host) = (guard.slot(index), backing.host());
     let copied = match slot.state() {
         State::Shared => (host.index()).copy(slot.record(), to, scratch, host.away()),
@@ -116,7 +150,8 @@ fn copy_packed(
     match copied {
         Ok(()) => Ok(None),
         Err(NotHad::Unread(unread)) => Ok(Some(unread)),
-        Err(NotHad::Lost | NotHad::Corrupt) => Err(EIO),
+        Err(NotHad::Lost) => Err(NotThere::swapped(host.index().is_lost(slot.record()))),
+        Err(NotHad::Corrupt) => Err(NotThere::Gone),
     }
 }
 
@@ -139,6 +174,10 @@ fn wait_for_read(backing: &Backing, unread: &Unread) -> Result {
 ///
 /// The caller may write to it as long as it keeps the reference.
 pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
+    Ok(try_writable(backing, page)?)
+}
+
+fn try_writable(backing: &Backing, page: u64) -> Result<Frame, NotThere> {
     let region = backing.region_or_new(page)?;
     let index = Backing::index(page);
     let mut spare: Option<(Frame, bool)> = None;
@@ -163,7 +202,7 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
         }
         let mut guard = region.lock();
         if guard.is_retired() || page >= backing.pages() {
-            return Err(EFBIG);
+            return Err(EFBIG.into());
         }
         let mut to_read = None;
         if make_private(
@@ -177,7 +216,7 @@ pub(crate) fn writable(backing: &Backing, page: u64) -> Result<Frame> {
             guard.may_change(index);
             let frame = guard.own_page(index).map(|page| page.get()).ok_or(EIO)?;
             if frame.as_ref().is_poisoned() {
-                return Err(EIO);
+                return Err(NotThere::Gone);
             }
             return Ok(frame);
         }
@@ -197,7 +236,7 @@ fn make_private(
     spare: &mut Option<(Frame, bool)>,
     scratch: &mut Option<Scratch>,
     to_read: &mut Option<Unread>,
-) -> Result<bool> {
+) -> Result<bool, NotThere> {
     let host = backing.host();
     let slot = guard.slot(index);
     match slot.state() {
@@ -233,7 +272,7 @@ fn make_private(
             let Some((frame, _)) = spare.take() else {
                 return Ok(false);
             };
-            compress::unpack(host, guard, index, scratch, frame).map_err(|_| EIO)?;
+            compress::unpack(host, guard, index, scratch, frame).map_err(|_| NotThere::Gone)?;
             Ok(true)
         }
         State::Swapped => {
@@ -250,7 +289,7 @@ fn make_private(
                     *to_read = Some(own_unread(backing, place));
                     Ok(false)
                 }
-                Err(NotIn::Lost) => Err(EIO),
+                Err(NotIn::Lost) => Err(NotThere::swapped(slot.place().is_lost())),
             }
         }
         State::Shared => {
@@ -341,9 +380,9 @@ pub(crate) fn zero_bytes(backing: &Backing, page: u64, from: u64, to: u64) -> Re
     ) {
         return Ok(());
     }
-    let frame = match writable(backing, page) {
-        // Broken memory: whoever reads it gets an error, whatever it holds.
-        Err(error) if error == EIO => return Ok(()),
+    let frame = match try_writable(backing, page) {
+        // Nobody will see what it holds.
+        Err(NotThere::Gone) => return Ok(()),
         frame => frame?,
     };
     frame

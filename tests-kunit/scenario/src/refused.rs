@@ -5,16 +5,17 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 
 use crate::check::{bytes_are, eq, fails, skip, that};
 use crate::content;
 use crate::contention::force;
-use crate::ctx::Ctx;
+use crate::ctx::{Ctx, Guest};
 use crate::harness::Case;
 use crate::inject::{self, Failing};
 use crate::operations::OPERATIONS;
@@ -42,7 +43,7 @@ pub const CASES: &[Case] = &[
     ),
     Case::thinram(
         "fail/swap-reads",
-        "requests to read from it fail: EIO or SIGBUS, until they do not any more",
+        "requests to read from it fail: EIO or SIGBUS, until they do not; nothing cut off comes back",
         swap_reads,
     ),
     Case::thinram(
@@ -275,23 +276,90 @@ fn swap_reads(ctx: &Ctx) -> Result<()> {
     fails("read(2) of page 0", page_0, Errno::EIO)?;
     ctx.until_least("swap_reads_failed", failed + 1, 40.0)?;
     touch_lost(ctx, &guest, 1)?;
+    let mut expected: Vec<u8> = (0..PAGES)
+        .flat_map(|page| content::bytes_of(&content::noise(page as u64)))
+        .collect();
+    // What cuts off a part of a page that cannot be read is refused, or what it cut off stays so.
+    let (holes, ends) = cut(&guest, &mut expected)?;
+    that(format!("{holes} holes are refused"), holes > 0)?;
+    that(format!("{ends} new ends are refused"), ends > 0)?;
     vm.stat()?.check_sum()?;
     requests.fail(false)?;
     // Nothing was given up: what could not be read is tried again after a second.
-    ctx.until("page 0 to be readable again", 10.0, || {
-        let read = guest.file.read_exact_at(&mut seen, 0);
-        Ok((read.is_ok(), format!("{read:?}")))
-    })?;
     for page in 0..PAGES {
-        guest.file.read_exact_at(&mut seen, (page * PAGE) as u64)?;
-        let expected = content::bytes_of(&content::noise(page as u64));
-        bytes_are(format!("page {page}"), &seen, &expected)?;
+        ctx.until(&format!("page {page} to be readable again"), 10.0, || {
+            let read = guest.file.read_exact_at(&mut seen, (page * PAGE) as u64);
+            Ok((read.is_ok(), format!("{read:?}")))
+        })?;
     }
-    guest.holds_noise(0, PAGES)?;
+    let intact = |expected: &[u8]| -> Result<()> {
+        for page in 0..PAGES {
+            let at = page * PAGE;
+            let of_page = &expected[at..at + PAGE];
+            let mut seen = vec![0; PAGE];
+            guest.file.read_exact_at(&mut seen, at as u64)?;
+            bytes_are(format!("page {page}"), &seen, of_page)?;
+        }
+        Ok(())
+    };
+    intact(&expected)?;
+    eq("cuts that are refused", cut(&guest, &mut expected)?, (0, 0))?;
+    intact(&expected)?;
+    for page in 0..PAGES {
+        let mapped = content::bytes_of(&guest.map.read_page(page));
+        let at = page * PAGE;
+        bytes_are(
+            format!("page {page}, mapped"),
+            &mapped,
+            &expected[at..at + PAGE],
+        )?;
+    }
     vm.stat()?.check_sum()?;
     drop(guest);
     drop(mount);
     disk.unmount()
+}
+
+/// Punches holes that end within pages, and cuts the file off within one and lets it grow again, at
+/// several places. `expected`, what the file holds, becomes what it holds then; how many holes and new
+/// ends were refused for an error of the disk.
+fn cut(guest: &Guest, expected: &mut [u8]) -> Result<(u32, u32)> {
+    let len = expected.len();
+    let (mut holes, mut ends) = (0, 0);
+    let mut apply = |done: nix::Result<()>, cut: Range<usize>, refused: &mut u32| -> Result<bool> {
+        match done {
+            Ok(()) => expected[cut].fill(0),
+            Err(Errno::EIO) => *refused += 1,
+            Err(e) => bail!("bytes {cut:?} cut off: {e}"),
+        }
+        Ok(done.is_ok())
+    };
+    // Places that no two clusters of the swap file hold together.
+    for first in [40, 80, 120] {
+        let at = |page: usize, byte: usize| (first + page) * PAGE + byte;
+        // Within a page, to the end of one and from the start of one: the whole page is not touched if
+        // the part is refused.
+        for hole in [
+            at(0, 100)..at(0, 2000),
+            at(2, 100)..at(4, 0),
+            at(5, 0)..at(6, 100),
+        ] {
+            let done = sys::punch(&guest.file, hole.start as u64, hole.len() as u64);
+            apply(done, hole, &mut holes)?;
+        }
+    }
+    for pages in [40, 80, 120] {
+        let end = len - pages * PAGE + 100;
+        let done = sys::ftruncate(&guest.file, end as i64);
+        let size = guest.file.metadata()?.len();
+        if apply(done, end..len, &mut ends)? {
+            eq("size", size, end as u64)?;
+            sys::ftruncate(&guest.file, len as i64)?;
+        } else {
+            eq("size after a refusal", size, len as u64)?;
+        }
+    }
+    Ok((holes, ends))
 }
 
 fn load(ctx: &Ctx) -> Result<()> {

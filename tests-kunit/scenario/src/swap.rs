@@ -601,6 +601,8 @@ fn drain_fails(ctx: &Ctx) -> Result<()> {
     }
     eq("pages that are EIO", gone.len() as u64, lost)?;
     touch_lost(ctx, &guest, gone[0])?;
+    // Nobody will see the rest of a page that a part is cut off from.
+    sys::punch(&guest.file, (gone[0] * PAGE) as u64 + 100, 1000)?;
     // On another disk the VM swaps on, and what is lost stays lost.
     let next = Disk::again(ctx, "next")?;
     force(ctx, "hard")?;
@@ -710,6 +712,13 @@ fn read_fails(ctx: &Ctx) -> Result<()> {
     // A part of a lost page cannot be written; a hole frees it, and it is a page again.
     let part = guest.file.write_all_at(&[1; 10], PAGE as u64);
     fails("write(2) of a part", part, Errno::EIO)?;
+    // Nor can a part be cut off: it would be there again with the disk.
+    let at = PAGE as u64 + 100;
+    let hole = sys::punch(&guest.file, at, 1000);
+    fails("a hole in a part", hole, Errno::EIO)?;
+    let end = sys::ftruncate(&guest.file, at as i64);
+    fails("an end within it", end, Errno::EIO)?;
+    eq("size", guest.file.metadata()?.len(), (PAGES * PAGE) as u64)?;
     sys::punch(&guest.file, 0, 8 * PAGE as u64)?;
     guest.is_zero(0, 8)?;
     guest.map.write_page(0, &content::noise(7));
