@@ -15,6 +15,7 @@ use crate::{
     logic::slot::State,
     sys::{
         mapping::MappingSource,
+        report::bug_once,
         slots::{Content, SLOTS},
     },
 };
@@ -133,7 +134,7 @@ impl Backing {
             self.punch(pages, old);
             let mut counts = self.vm.counts();
             if counts.pages.remove_empty(old - pages).is_err() {
-                kernel::pr_err_once!("thinram: a file shrank by more than was empty\n");
+                bug_once!("a file shrank by more than was empty");
             }
         }
     }
@@ -232,7 +233,7 @@ impl Backing {
             self.host.index().reset_if_unused(self.host.registry());
         }
         if self.vm.counts().pages.remove_empty(pages).is_err() {
-            kernel::pr_err_once!("thinram: a file ended with pages that are not empty\n");
+            bug_once!("a file ended with pages that are not empty");
         }
     }
 }

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     logic::clusters::Place,
-    sys::{frames::Owned, swapio::SwapDir, zs::Store},
+    sys::{frames::Owned, report::bug_once, swapio::SwapDir, zs::Store},
 };
 use kernel::{
     new_mutex,
@@ -163,7 +163,7 @@ impl SharedPools {
         }
         match self.swap_of(scope) {
             Some(swap) => swap.release(place),
-            None => kernel::pr_err_once!("thinram: a shared page has lost its swap file\n"),
+            None => bug_once!("a shared page has lost its swap file"),
         }
     }
 }

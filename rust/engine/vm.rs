@@ -17,7 +17,10 @@ use crate::{
         slot,
         tunables::{LargePages, ShareScope},
     },
-    sys::{cgroup::Payer, clock, kobj::Directory, protect, swapio::SwapDir, task, zs::Store},
+    sys::{
+        cgroup::Payer, clock, kobj::Directory, protect, report::bug_once, swapio::SwapDir, task,
+        zs::Store,
+    },
 };
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use kernel::{
@@ -95,7 +98,7 @@ impl VmCounts {
     pub(crate) fn move_pages(&mut self, from: counts::Class, to: counts::Class, pages: u64) {
         // A refusal would mean that a page was counted twice; the sum stays true either way.
         if from != to && self.pages.transition(from, to, pages).is_err() {
-            kernel::pr_err_once!("thinram: page counts are off ({:?} to {:?})\n", from, to);
+            bug_once!("page counts are off ({:?} to {:?})", from, to);
         }
     }
 

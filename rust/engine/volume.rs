@@ -22,6 +22,7 @@ use crate::{
         crypt::{Key, Nonce},
         page::Frame,
         protect,
+        report::bug_once,
         swapio::{Buffer, SwapDir, SwapFile},
         task,
         zs::{self, Corrupt, Scratch},
@@ -351,7 +352,7 @@ impl Swap {
         }
         if let Some(volume) = &mut self.lock().volume {
             if !volume.clusters.release(place) {
-                kernel::pr_err_once!("thinram: a place in a swap file was given back twice\n");
+                bug_once!("a place in a swap file was given back twice");
             }
         }
     }

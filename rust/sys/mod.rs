@@ -19,6 +19,7 @@ pub(crate) mod packed;
 pub(crate) mod page;
 pub(crate) mod protect;
 pub(crate) mod shrinker;
+pub(crate) mod report;
 pub(crate) mod slots;
 pub(crate) mod swapio;
 pub(crate) mod table;

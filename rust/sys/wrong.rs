@@ -3,6 +3,7 @@
 //! Debug builds only: what a module must never do, done when a test says so, to see that whatever
 //! watches the kernel notices. Locks: those of [`sleep`] are its own.
 
+use super::report::bug_once;
 use kernel::{
     alloc::KBox,
     new_mutex, new_spinlock,
@@ -14,7 +15,8 @@ use kernel::{
 pub(crate) type Mistake = (&'static str, fn() -> Result);
 
 /// All of them.
-pub(crate) const MISTAKES: [Mistake; 3] = [
+pub(crate) const MISTAKES: [Mistake; 4] = [
+    ("report", report),
     ("use_after_free", use_after_free),
     ("sleep", sleep),
     ("leak", leak),
@@ -22,6 +24,12 @@ pub(crate) const MISTAKES: [Mistake; 3] = [
 
 /// Bytes of an object that is freed too early, or never.
 const SIZE: usize = 192;
+
+/// Says that something is so which cannot be.
+fn report() -> Result {
+    bug_once!("a test asked for this line");
+    Ok(())
+}
 
 /// Reads what was freed.
 fn use_after_free() -> Result {

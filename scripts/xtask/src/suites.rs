@@ -286,7 +286,8 @@ fn sanitized(k: &Kernel) -> Vec<Suite> {
 }
 
 /// Mistakes that a debug build makes when it is told so, and what a run is told of each.
-const MISTAKES: [(&str, &str); 3] = [
+const MISTAKES: [(&str, &str); 4] = [
+    ("report", "thinram: bug: a test asked"),
     ("use_after_free", "KASAN: slab-use-after-free"),
     ("sleep", "sleeping function called from invalid context"),
     ("leak", "objects were forgotten"),
@@ -295,7 +296,7 @@ const MISTAKES: [(&str, &str); 3] = [
 /// Whether each mistake makes a run on that kernel fail, and says which it was.
 fn noticed(k: &Kernel, name: &str, place: Place) -> Result<Vec<Test>> {
     // User-Mode Linux has the module built in, and never looks for what it forgot.
-    let mistakes = &MISTAKES[..if place.uml().is_some() { 2 } else { 3 }];
+    let mistakes = &MISTAKES[..if place.uml().is_some() { 3 } else { 4 }];
     let words: Vec<&str> = mistakes.iter().map(|(word, _)| *word).collect();
     let script = format!(
         "env DO_WRONG='{}' /src/scripts/vm/process --patience 30 --filter fs/create",

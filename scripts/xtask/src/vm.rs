@@ -162,6 +162,8 @@ const DISKS: [(&str, u64); 2] = [("disk.img", DISK_BYTES), ("scratch.img", SCRAT
 
 /// Signs of a kernel in trouble.
 const BAD: &[&str] = &[
+    // The module says so of itself: `bug_once` in rust/sys/report.rs.
+    "thinram: bug:",
     "BUG:",
     "WARNING:",
     "Bad rss-counter",
@@ -735,6 +737,7 @@ mod tests {
             "WARNING: CPU: 0",
             "BUG: Bad rss-counter state",
             "Oops: general",
+            "[    2.3] thinram: bug: page counts are off",
         ] {
             let tests = outcome(Some(0), bad).tests();
             assert!(
