@@ -409,7 +409,7 @@ impl<'a> PageRef<'a> {
         unsafe { core::slice::from_raw_parts(self.address().cast(), PAGE_SIZE) }
     }
 
-    /// Whether both pages hold the same bytes.
+    /// Whether both pages, frozen or immutable, hold the same bytes.
     pub(crate) fn same_content(self, other: PageRef<'_>) -> bool {
         // SAFETY: Both pages are in the direct map and PAGE_SIZE long.
         unsafe { bindings::memcmp(self.address(), other.address(), PAGE_SIZE) == 0 }
@@ -419,6 +419,9 @@ impl<'a> PageRef<'a> {
     /// was not touched since.
     pub(crate) fn is_mapped(self) -> bool {
         // SAFETY: The page is alive.
+        if !protect::armed(protect::Protection::Compare) {
+            return true;
+        }
         unsafe { bindings::thinram_page_mapcount(self.0.as_ptr()) != 0 }
     }
 
@@ -494,7 +497,7 @@ impl<'a> Frozen<'a> {
 
     /// Whether the frozen page equals `other`, which must be frozen or immutable.
     pub(crate) fn equals(&self, other: PageRef<'_>) -> bool {
-        !protect::armed(protect::Protection::Compare) || self.page.same_content(other)
+        self.page.same_content(other)
     }
 }
 

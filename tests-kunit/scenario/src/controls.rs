@@ -36,6 +36,11 @@ pub const CASES: &[Case] = &[
     ),
     Case::thinram("share/scope", "share_scope vm, domain, host, live", scope),
     Case::thinram(
+        "share/unlike-records",
+        "shared pages of two domains that begin alike stay two when the domains are one",
+        unlike_records,
+    ),
+    Case::thinram(
         "share/zero-only",
         "zero_only merges zeroes alone",
         zero_only,
@@ -200,6 +205,49 @@ fn domain_change(ctx: &Ctx) -> Result<()> {
     together(&b, &c)?;
     apart("after the scan", &a, &b)?;
     intact()
+}
+
+fn unlike_records(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 16;
+    // As much as a weakened hash looks at.
+    const ALIKE: usize = 8;
+    // No two pages of a domain begin alike, but page i of the one domain and page i of the other.
+    let content = |domain: u64, page: usize| {
+        let mut content = content::page(100 * (domain + 1) + page as u64);
+        content[..ALIKE].copy_from_slice(&content::page(page as u64)[..ALIKE]);
+        content
+    };
+    let mounts = [
+        ctx.mount("one", "size=16M,domain=one")?,
+        ctx.mount("two", "size=16M,domain=two")?,
+    ];
+    let mut guests = Vec::new();
+    for (domain, mount) in mounts.iter().enumerate() {
+        for twin in 0..2 {
+            let guest = mount.guest(&format!("vm{domain}{twin}"), PAGES)?;
+            for page in 0..PAGES {
+                guest.map.write_page(page, &content(domain as u64, page));
+            }
+            guests.push((domain as u64, guest));
+        }
+    }
+    let sys = ctx.sys();
+    sys.flat_out()?;
+    let sharing = 2 * PAGES as u64;
+    ctx.until_is("pages_sharing", sharing, SOON)?;
+    sys.set("share_scope", "host")?;
+    // Every eighth pass looks whether two records are of one content.
+    ctx.passes(32)?;
+    sys.set("run", 0)?;
+    let seen = sys.get("pages_sharing")?;
+    sys.set("share_scope", "domain")?;
+    for (domain, guest) in &guests {
+        for page in 0..PAGES {
+            let what = format!("{} page {page}", guest.name);
+            page_is(what, &guest.map.read_page(page), &content(*domain, page))?;
+        }
+    }
+    eq("pages_sharing of one domain", seen, sharing)
 }
 
 fn scope(ctx: &Ctx) -> Result<()> {

@@ -124,6 +124,14 @@ const PROTECTIONS: &[Protection] = &[
         stock: false,
         with: Some("whole_hash"),
     },
+    Protection {
+        name: "compare",
+        prevents: "uniting shared pages whose hash alone is the same",
+        case: "share/unlike-records",
+        sees: Sees::Corruption,
+        stock: false,
+        with: Some("whole_hash"),
+    },
     small(
         "read_only",
         "writing to a frame that others share",
@@ -183,6 +191,12 @@ const PROTECTIONS: &[Protection] = &[
         "zero_hole",
         "showing again what a hole cut off",
         "fs/punch-unaligned",
+        Sees::Corruption,
+    ),
+    small(
+        "zero_hole",
+        "showing again what a new end cut off",
+        "fs/beyond-end",
         Sees::Corruption,
     ),
     small(
