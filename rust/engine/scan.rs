@@ -59,8 +59,7 @@ impl Work for Scanner {
             let limits = host.limits();
             let running = host.run_mode() == RunMode::Run;
             if !running || limits.total_pages == 0 {
-                // The next pass is a whole one.
-                walk.restart();
+                walk.rest();
                 // Memory that is touched for the first time rings no bell.
                 let idle_us = if running { 1_000_000 } else { u64::MAX };
                 (host.scanner_bell).sleep(&mut ear, idle_us, task::should_stop);
@@ -235,6 +234,13 @@ impl Walk {
         self.region = 0;
         self.index = 0;
         self.window = 0;
+    }
+
+    /// The next pass is a whole one, and may be long in coming: what is kept for it goes.
+    fn rest(&mut self) {
+        self.restart();
+        self.spares = [const { None }; AHEAD];
+        self.own = None;
     }
 
     fn end_pass(&mut self, host: &Host) {

@@ -120,6 +120,7 @@ mod switches {
         logic::tunables,
         sys::{
             inject::{self, Countdown, HeldAnswers},
+            live::{Lent, LENT},
             protect, watching,
             wrong::{Mistake, MISTAKES},
         },
@@ -140,11 +141,13 @@ mod switches {
     /// kind of failure, and `fail_allocation` for all kinds: a number N lets the Nth from then on fail,
     /// `N-` all after it as well, and reads as how many it still is to that one. A number written to
     /// `hold_reads` holds that answer of a swap disk and all after it; it reads as how many came since
-    /// it was 0. A word written to `do_wrong` makes that mistake; it reads as all words.
+    /// it was 0. The files `live_*` read as how many of what the kernel lends are out. A word written to
+    /// `do_wrong` makes that mistake; it reads as all words.
     pub(super) struct Switches {
         _switches: KVec<Pin<KBox<File<Switch>>>>,
         _countdowns: KVec<Pin<KBox<File<Countdown>>>>,
         _held: Pin<KBox<File<HeldAnswers>>>,
+        _live: KVec<Pin<KBox<File<Lent>>>>,
         _wrong: Pin<KBox<File<Wrong>>>,
     }
 
@@ -173,8 +176,14 @@ mod switches {
                 );
                 countdowns.push(KBox::pin_init(file, GFP_KERNEL)?, GFP_KERNEL)?;
             }
+            let mut live = KVec::with_capacity(LENT.len(), GFP_KERNEL)?;
+            for (kind, name) in LENT {
+                let file = dir.read_callback_file(name, kind, &show_live);
+                live.push(KBox::pin_init(file, GFP_KERNEL)?, GFP_KERNEL)?;
+            }
             Ok(Switches {
                 _switches: files,
+                _live: live,
                 _countdowns: countdowns,
                 _held: KBox::pin_init(
                     dir.read_write_callback_file(
@@ -211,6 +220,10 @@ mod switches {
         };
         switch.0.store(on, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn show_live(kind: &Lent, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", kind.live())
     }
 
     fn show_wrong(wrong: &Wrong, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -9,6 +9,7 @@
 use super::{
     bindings,
     inject::{self, Point},
+    live::Lent,
     page::{copy_page, PageRef, PoisonedMemory},
     protect,
     slots::SLOTS,
@@ -38,7 +39,13 @@ impl HugeFrame {
             return None;
         }
         // SAFETY: May sleep; callers hold no spinlock.
-        NonNull::new(unsafe { bindings::thinram_huge_alloc(node) }).map(HugeFrame)
+        NonNull::new(unsafe { bindings::thinram_huge_alloc(node) }).map(HugeFrame::own)
+    }
+
+    /// A reference that is ours from here on.
+    fn own(page: NonNull<bindings::page>) -> HugeFrame {
+        Lent::Folio.out();
+        HugeFrame(page)
     }
 
     /// Takes over a reference that the caller owns.
@@ -48,7 +55,7 @@ impl HugeFrame {
     /// `page` is the first page of a folio of [`ORDER`] and the caller owns a reference, which passes
     /// to the value.
     pub(super) unsafe fn from_page(page: NonNull<bindings::page>) -> HugeFrame {
-        HugeFrame(page)
+        HugeFrame::own(page)
     }
 
     pub(super) fn as_ptr(&self) -> *mut bindings::page {
@@ -123,6 +130,7 @@ impl Drop for FrozenHuge<'_> {
 
 impl Drop for HugeFrame {
     fn drop(&mut self) {
+        Lent::Folio.back();
         // SAFETY: We own one reference.
         unsafe { bindings::thinram_page_put(self.0.as_ptr()) }
     }

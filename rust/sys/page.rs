@@ -9,6 +9,7 @@
 use super::{
     bindings,
     inject::{self, Point},
+    live::Lent,
     protect,
 };
 use crate::logic::hash::STEP;
@@ -69,7 +70,13 @@ impl Frame {
             return None;
         }
         // SAFETY: May sleep; callers hold no spinlock.
-        NonNull::new(unsafe { bindings::thinram_page_alloc(purpose.gfp(), node) }).map(Frame)
+        NonNull::new(unsafe { bindings::thinram_page_alloc(purpose.gfp(), node) }).map(Frame::own)
+    }
+
+    /// A reference that is ours from here on.
+    fn own(page: NonNull<bindings::page>) -> Frame {
+        Lent::Frame.out();
+        Frame(page)
     }
 
     /// Takes over a reference that the caller owns.
@@ -78,7 +85,7 @@ impl Frame {
     ///
     /// `page` is an order-0 page and the caller owns a reference, which passes to the frame.
     pub(super) unsafe fn from_page(page: NonNull<bindings::page>) -> Frame {
-        Frame(page)
+        Frame::own(page)
     }
 
     /// Gives the reference away as a frame number.
@@ -162,6 +169,7 @@ impl Frame {
 
 impl Drop for Frame {
     fn drop(&mut self) {
+        Lent::Frame.back();
         // SAFETY: We own one reference.
         unsafe { bindings::thinram_page_put(self.0.as_ptr()) }
     }
@@ -322,7 +330,7 @@ impl<'a> PageRef<'a> {
         // SAFETY: The page is alive and not frozen: freezing needs the lock under which `self` was
         // borrowed.
         unsafe { bindings::thinram_page_get(self.0.as_ptr()) };
-        Frame(self.0)
+        Frame::own(self.0)
     }
 
     /// Whether memory_failure() marked the page.
@@ -411,6 +419,9 @@ impl<'a> PageRef<'a> {
 
     /// Whether both pages, frozen or immutable, hold the same bytes.
     pub(crate) fn same_content(self, other: PageRef<'_>) -> bool {
+        if !protect::armed(protect::Protection::Compare) {
+            return true;
+        }
         // SAFETY: Both pages are in the direct map and PAGE_SIZE long.
         unsafe { bindings::memcmp(self.address(), other.address(), PAGE_SIZE) == 0 }
     }
@@ -419,9 +430,6 @@ impl<'a> PageRef<'a> {
     /// was not touched since.
     pub(crate) fn is_mapped(self) -> bool {
         // SAFETY: The page is alive.
-        if !protect::armed(protect::Protection::Compare) {
-            return true;
-        }
         unsafe { bindings::thinram_page_mapcount(self.0.as_ptr()) != 0 }
     }
 

@@ -3,7 +3,10 @@
 //! Debug builds only: what a module must never do, done when a test says so, to see that whatever
 //! watches the kernel notices. Locks: those of [`sleep`] are its own.
 
-use super::report::bug_once;
+use super::{
+    page::{Frame, Purpose},
+    report::bug_once,
+};
 use kernel::{
     alloc::KBox,
     new_mutex, new_spinlock,
@@ -15,11 +18,12 @@ use kernel::{
 pub(crate) type Mistake = (&'static str, fn() -> Result);
 
 /// All of them.
-pub(crate) const MISTAKES: [Mistake; 4] = [
+pub(crate) const MISTAKES: [Mistake; 5] = [
     ("report", report),
     ("use_after_free", use_after_free),
     ("sleep", sleep),
     ("leak", leak),
+    ("leak_frame", leak_frame),
 ];
 
 /// Bytes of an object that is freed too early, or never.
@@ -59,5 +63,11 @@ fn leak() -> Result {
     for _ in 0..FORGOTTEN {
         KBox::leak(KBox::new([0u8; SIZE], GFP_KERNEL)?);
     }
+    Ok(())
+}
+
+/// Forgets a page.
+fn leak_frame() -> Result {
+    core::mem::forget(Frame::alloc(Purpose::Shared, -1).ok_or(ENOMEM)?);
     Ok(())
 }

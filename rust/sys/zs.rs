@@ -5,6 +5,7 @@
 use super::{
     bindings,
     inject::{self, Point},
+    live::Lent,
     page::{Frame, PageRef},
 };
 use crate::logic::slot::Slot;
@@ -125,6 +126,15 @@ pub(crate) enum NoRoom {
 /// A zsmalloc pool; no object is left when it is dropped.
 struct Pool(NonNull<bindings::zs_pool>);
 
+impl Pool {
+    fn new() -> Option<Pool> {
+        // SAFETY: The name is copied.
+        let pool = NonNull::new(unsafe { bindings::zs_create_pool(c"thinram".as_char_ptr()) })?;
+        Lent::Pool.out();
+        Some(Pool(pool))
+    }
+}
+
 // SAFETY: zsmalloc has its own locking.
 unsafe impl Send for Pool {}
 // SAFETY: As above.
@@ -132,6 +142,7 @@ unsafe impl Sync for Pool {}
 
 impl Drop for Pool {
     fn drop(&mut self) {
+        Lent::Pool.back();
         // SAFETY: The slots that own objects hold the store, so none of them is left.
         unsafe { bindings::zs_destroy_pool(self.0.as_ptr()) }
     }
@@ -218,11 +229,8 @@ impl Store {
         if inject::fails(Point::Pool) {
             return Err(ENOMEM);
         }
-        // SAFETY: The name is copied.
-        let pool = unsafe { bindings::zs_create_pool(c"thinram".as_char_ptr()) };
-        let pool = Pool(NonNull::new(pool).ok_or(ENOMEM)?);
         // Whoever came first made the pool; this one is dropped then.
-        self.pool.populate(pool);
+        self.pool.populate(Pool::new().ok_or(ENOMEM)?);
         Ok(())
     }
 
@@ -262,6 +270,7 @@ impl Store {
             return Err(NoRoom::Memory);
         }
         self.objects.fetch_add(1, Ordering::Relaxed);
+        Lent::Object.out();
         // INVARIANT: just made in this store.
         let object = Object { handle, len };
         // SAFETY: As in `into_slot`.
@@ -329,6 +338,7 @@ impl Store {
     pub(super) fn free(&self, object: Object) {
         self.objects.fetch_sub(1, Ordering::Relaxed);
         if let Some(pool) = self.pool.as_ref() {
+            Lent::Object.back();
             // SAFETY: By the object's invariant; nobody has it any more.
             unsafe { bindings::zs_free(pool.0.as_ptr(), object.handle) }
         }

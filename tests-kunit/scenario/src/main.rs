@@ -22,6 +22,7 @@ mod host;
 mod huge;
 mod inject;
 mod ksm;
+mod live;
 mod log;
 mod mapping;
 mod mounts;
@@ -189,6 +190,7 @@ impl Options {
 fn cases() -> impl Iterator<Item = &'static Case> {
     [
         inject::CASES,
+        live::CASES,
         names::CASES,
         data::CASES,
         edges::CASES,
