@@ -323,13 +323,14 @@ fn noticed(k: &Kernel, name: &str, place: Place) -> Result<Vec<Test>> {
 }
 
 /// Takes one protection out at a time; the torture has to see corrupt data each time. What the
-/// kernel says of that is no failure.
+/// kernel says of that is no failure, what it says of the cases before is.
 fn proofs(k: &Kernel) -> Result<Vec<Test>> {
     setup::uml(k, setup::Uml::Debug)?;
     let scenario = "/src/target/sysroot/release/thinram-scenario";
     // The cases of a debug build come first: one of them needs an index that has not grown yet.
     let script = format!(
         "sh -c '{scenario} run --filter debug/ --patience 2 --mount /run/thinram --scratch /dev/ubdb; \
+         echo {PROOFS_BEGIN} >/dev/kmsg; \
          {scenario} prove --patience 2 --mount /run/thinram --disk /run/disk --scratch /dev/ubdb'"
     );
     prove(k, job("proofs", Place::UmlDebug, &script))
@@ -411,16 +412,33 @@ fn debug_kunit(k: &Kernel) -> Result<Vec<Test>> {
     Ok(tests)
 }
 
-/// Runs such a job: it may bring warnings of the kernel, but has to end.
+/// What a script tells the kernel's log before the first protection is taken out.
+const PROOFS_BEGIN: &str = "thinram: protections are taken out from here";
+
+/// Runs such a job: from [`PROOFS_BEGIN`] on it may bring warnings of the kernel, but has to end.
 fn prove(k: &Kernel, mut job: Job) -> Result<Vec<Test>> {
     job.append += " panic_on_warn=0";
     let run = vm::execute(k, &job)?;
     let mut tests = ktap::parse(&run.output);
+    tests.push(quiet_until_proofs(&run));
     if run.exit.is_none() {
         let why = format!("the run did not end, logs in {}", run.dir.display());
         tests.push(Test::fail("proofs end", why));
     }
     Ok(tests)
+}
+
+/// Whether the kernel had nothing to say of the cases before the proofs.
+fn quiet_until_proofs(run: &vm::Outcome) -> Test {
+    let name = "kernel log is clean before the proofs";
+    let Some((before, _)) = run.kernel_log.split_once(PROOFS_BEGIN) else {
+        let why = format!("they did not begin, logs in {}", run.dir.display());
+        return Test::fail(name, why);
+    };
+    match &*vm::problems(before) {
+        [] => Test::pass(name),
+        said => Test::fail(name, said.join("; ")),
+    }
 }
 
 /// What a script tells the kernel's log before the order of locks is broken.
@@ -491,6 +509,7 @@ fn large_proofs(k: &Kernel) -> Result<Vec<Test>> {
          {scenario} run --filter debug/fail-a --filter debug/fail-l --filter debug/no-large \
          --filter debug/lost-hint --filter debug/split --patience 15 --mount /run/thinram \
          --ko /src/target/module-debug/thinram.ko; \
+         echo {PROOFS_BEGIN} >/dev/kmsg; \
          {scenario} prove --protection stock --patience 15 --mount /run/thinram'"
     );
     prove(k, job("large-proofs", Place::SmpHost, &script))
@@ -608,6 +627,24 @@ mod tests {
             ("", seen.clone()),
         ] {
             let test = order_is_known(&run(output, &log));
+            assert!(matches!(test.outcome, Outcome::Fail(_)), "{log}");
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_says_before_the_proofs_counts() {
+        let run = |log: &str| vm::Outcome {
+            output: String::new(),
+            kernel_log: log.into(),
+            exit: Some(0),
+            problems: Vec::new(),
+            time: Duration::ZERO,
+            dir: "log".into(),
+        };
+        let after = format!("quiet\n[ 1.0] {PROOFS_BEGIN}\nWARNING: bad\n");
+        assert_eq!(quiet_until_proofs(&run(&after)).outcome, Outcome::Pass);
+        for log in ["quiet\n", &*format!("thinram: bug: x\n{after}")] {
+            let test = quiet_until_proofs(&run(log));
             assert!(matches!(test.outcome, Outcome::Fail(_)), "{log}");
         }
     }
