@@ -56,6 +56,8 @@ pub struct Setup {
     pub patience: f64,
     /// Seed of everything random.
     pub seed: u64,
+    /// How many calls a fuzz case makes, whatever time that takes; by time where it is not given.
+    pub calls: Option<u64>,
     /// The module's file, for a second insmod.
     pub ko: Option<PathBuf>,
     /// A directory on a file system that knows O_DIRECT.
@@ -123,6 +125,20 @@ impl Ctx {
     /// Whether a mount of the case could not be taken down.
     pub fn leaked_mount(&self) -> bool {
         self.unmount_failed.load(Ordering::Relaxed)
+    }
+
+    /// Whether a fuzz case goes on after `count` calls: to those that were asked for, else until `end`,
+    /// and for `least` of them at any rate.
+    pub fn more_calls(&self, count: u64, least: u64, end: Instant) -> bool {
+        match self.setup.calls {
+            Some(calls) => count < calls,
+            None => count < least || Instant::now() < end,
+        }
+    }
+
+    /// What draws all calls again, up to number `call`, that one included.
+    pub fn replay(&self, call: u64) -> String {
+        format!("--seed {} --calls {}", self.setup.seed, call + 1)
     }
 
     /// `seconds` on this machine.

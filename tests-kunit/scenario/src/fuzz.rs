@@ -3,6 +3,7 @@
 //! Random calls against a model of what files and mappings must hold.
 
 mod bench;
+mod common;
 mod fsx;
 mod knobs;
 mod op;
@@ -14,12 +15,13 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use self::bench::{Bench, Crowd};
+use self::common::Common;
 use self::op::Shape;
 use crate::contention::force;
 use crate::ctx::Ctx;
 use crate::harness::Case;
 use crate::huge;
-use crate::sys::{self, Map, PAGE};
+use crate::sys::{self, Child};
 
 /// The table of cases.
 pub const CASES: &[Case] = &[
@@ -40,7 +42,7 @@ pub const CASES: &[Case] = &[
     .span(10.0),
     Case::both(
         "fuzz/processes",
-        "three processes at once, each with a model, and the host's knobs",
+        "three processes at once, each with a model, one file of all three, and the host's knobs",
         processes,
     )
     .span(10.0),
@@ -60,9 +62,8 @@ fn alone(ctx: &Ctx, shape: Shape) -> Result<()> {
     if ctx.is_thinram() {
         ctx.sys().flat_out()?;
     }
-    let seed = ctx.setup.seed;
-    println!("seed {seed}");
-    let count = bench.run(seed, Instant::now() + ctx.span(10.0), None)?;
+    println!("seed {}", ctx.setup.seed);
+    let count = bench.run(Instant::now() + ctx.span(10.0), None)?;
     println!("{count} calls");
     counters(ctx)
 }
@@ -76,27 +77,28 @@ fn large(ctx: &Ctx) -> Result<()> {
     sys.flat_out()?;
     sys.set("collapse_after_secs", 0)?;
     let splits = sys.get("splits")?;
-    let (span, mut seed) = (ctx.span(10.0), ctx.setup.seed);
-    println!("seed {seed}, one more in each round");
-    let begin = Instant::now();
-    let last = begin + span + ctx.limit(15.0);
-    let mut count = 0;
+    let span = ctx.span(10.0);
+    println!("seed {}", ctx.setup.seed);
+    let last = Instant::now() + span + ctx.limit(15.0);
     loop {
-        count += bench.run(seed, Instant::now() + span, None)?;
+        let count = bench.run(Instant::now() + span, None)?;
         let most = bench.most_large();
         let seen = format!(
-            "{count} calls: at most {} KiB of 2 MiB pages, {} KiB mapped as such, {} split",
+            "{count} calls: at most {} KiB of 2 MiB pages, {} KiB mapped as such, {} moves of 2 MiB, \
+             {} split",
             most.huge_kb,
             most.mapped_kb,
+            most.moves,
             sys.get("splits")? - splits
         );
         println!("{seen}");
-        let all = most.huge_kb > 0 && most.mapped_kb > 0 && sys.get("splits")? > splits;
-        if all {
+        let all =
+            most.huge_kb > 0 && most.mapped_kb > 0 && most.moves > 0 && sys.get("splits")? > splits;
+        // So many calls are made again for what comes of them, not for what there was.
+        if all || ctx.setup.calls.is_some() {
             return counters(ctx);
         }
         ensure!(Instant::now() < last, "expected some of each: {seen}");
-        seed = seed.wrapping_add(1);
     }
 }
 
@@ -118,40 +120,40 @@ fn counters(ctx: &Ctx) -> Result<()> {
     Ok(())
 }
 
-/// Processes with files of their own, equal contents, and one that turns the host's knobs.
+/// Processes with files of their own, equal contents, and one file of all, and one process that turns
+/// the host's knobs.
 fn processes(ctx: &Ctx) -> Result<()> {
     const COUNT: usize = 3;
     let mount = ctx.mount("m", OPTIONS)?;
     let seed = ctx.setup.seed;
-    println!("seed {seed}, one more for each process");
+    println!("seed {seed}, of which each process's calls come");
     let mut benches = Vec::new();
     let mut files = Vec::new();
     for number in 0..COUNT {
-        let bench = Bench::new(ctx, &mount, number, Shape::SMALL)?;
+        let bench = Bench::new(ctx, &mount, number, Shape::SMALL.among(COUNT))?;
         files.extend(bench.shared_files()?);
         benches.push(bench);
     }
-    let crowd = Crowd {
-        pids: Map::anonymous(PAGE)?,
-        files,
-        count: COUNT,
-    };
+    let common = Common::new(&mount, COUNT)?;
     let end = Instant::now() + ctx.span(10.0);
     let mut children = Vec::new();
     for (number, bench) in benches.iter_mut().enumerate() {
-        let (seed, crowd) = (seed.wrapping_add(number as u64), &crowd);
-        let child = sys::fork(|| {
+        children.push(sys::fork(|| {
+            let crowd = Crowd {
+                files: &files,
+                common: common.join(number)?,
+            };
             let count = bench
-                .run(seed, end, Some(crowd))
+                .run(end, Some(&crowd))
                 .with_context(|| format!("process {number}"))?;
             println!("process {number}: {count} calls");
             Ok(())
-        })?;
-        crowd.pids.set(0, number, child.pid().as_raw() as u64);
-        children.push(child);
+        })?);
     }
     let mut rng = SmallRng::seed_from_u64(seed);
-    while ctx.is_thinram() && Instant::now() < end {
+    let vm = ctx.sys().vm(common::VM);
+    while ctx.is_thinram() && busy(&mut children)? {
+        knobs::vm(&vm, rng.random_range(0..64))?;
         knobs::host(&ctx.sys(), rng.random_range(0..64))?;
         if rng.random_bool(0.1) {
             let states = ["none", "high", "clear", "soft", "hard"];
@@ -171,5 +173,16 @@ fn processes(ctx: &Ctx) -> Result<()> {
     for child in &mut children {
         child.expect_ok(ctx.limit(20.0))?;
     }
+    common.end(ctx)?;
     counters(ctx)
+}
+
+/// Whether some still run.
+fn busy(children: &mut [Child]) -> Result<bool> {
+    for child in children {
+        if child.poll()?.is_none() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

@@ -201,6 +201,9 @@ fn spawn(case: &Case, setup: &Setup, dir: &Path) -> Result<(Child, Receiver<Stri
     command.arg("--scale").arg(setup.scale.to_string());
     command.arg("--patience").arg(setup.patience.to_string());
     command.arg("--seed").arg(setup.seed.to_string());
+    if let Some(calls) = setup.calls {
+        command.arg("--calls").arg(calls.to_string());
+    }
     if let Some(ko) = &setup.ko {
         command.arg("--ko").arg(ko);
     }

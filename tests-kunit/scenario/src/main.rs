@@ -141,6 +141,10 @@ struct Options {
     /// Seed of everything random; a new one each run where it is not given
     #[arg(long)]
     seed: Option<u64>,
+    /// Calls that a fuzz case makes, in each of its processes, whatever time that takes; a failure
+    /// says with how many its seed draws the same again
+    #[arg(long)]
+    calls: Option<u64>,
     /// The module's file: checks that a second insmod is refused
     #[arg(long)]
     ko: Option<PathBuf>,
@@ -178,6 +182,7 @@ impl Options {
             seed: self
                 .seed
                 .unwrap_or_else(|| rand::rngs::SmallRng::from_os_rng().random()),
+            calls: self.calls,
             ko: self.ko,
             disk: self.disk,
             scratch: self.scratch,

@@ -249,6 +249,16 @@ impl Map {
         len: usize,
         file: Option<(&File, u64, c_int)>,
     ) -> nix::Result<()> {
+        self.place(from, len, file, libc::MAP_FIXED)
+    }
+
+    fn place(
+        &mut self,
+        from: usize,
+        len: usize,
+        file: Option<(&File, u64, c_int)>,
+        fixed: c_int,
+    ) -> nix::Result<()> {
         self.check(from, len)?;
         let at = (self.addr + from) as *mut c_void;
         let (fd, offset, prot, flags) = match file {
@@ -262,7 +272,7 @@ impl Map {
         };
         let offset = libc::off_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
         // SAFETY: the range is this mapping's, and `&mut self` says that nobody holds a reference.
-        let got = unsafe { libc::mmap(at, len, prot, flags | libc::MAP_FIXED, fd, offset) };
+        let got = unsafe { libc::mmap(at, len, prot, flags | fixed, fd, offset) };
         if got == libc::MAP_FAILED {
             return Err(Errno::last());
         }
@@ -272,16 +282,32 @@ impl Map {
     /// Moves `len` bytes from byte `from` over those from byte `to`; nothing stays mapped at
     /// `from` but `PROT_NONE`.
     pub fn shift(&mut self, from: usize, to: usize, len: usize) -> nix::Result<()> {
+        self.shift_part(from, len, to, len)
+    }
+
+    /// The same with the first `kept` bytes, or, where `to` is `from`, leaves them where they are; the
+    /// rest of `len` bytes is unmapped by the same `mremap`.
+    pub fn shift_part(
+        &mut self,
+        from: usize,
+        len: usize,
+        to: usize,
+        kept: usize,
+    ) -> nix::Result<()> {
         self.check(from, len)?;
-        self.check(to, len)?;
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        self.check(to, kept)?;
+        let (flags, left) = if from == to {
+            (0, from + kept..from + len)
+        } else {
+            (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, from..from + len)
+        };
         // SAFETY: both ranges are this mapping's, and `&mut self` says that nobody holds a
         // reference into them.
         let got = unsafe {
             libc::mremap(
                 (self.addr + from) as *mut c_void,
                 len,
-                len,
+                kept,
                 flags,
                 (self.addr + to) as *mut c_void,
             )
@@ -289,7 +315,56 @@ impl Map {
         if got == libc::MAP_FAILED {
             return Err(Errno::last());
         }
-        self.replace(from, len, None)
+        match left.len() {
+            0 => Ok(()),
+            len => self.replace(left.start, len, None),
+        }
+    }
+
+    /// `munmap` of `len` bytes from byte `from`. Then `file` is mapped there from `offset`, or the
+    /// place is kept by `PROT_NONE`.
+    pub fn unmap(
+        &mut self,
+        from: usize,
+        len: usize,
+        file: Option<(&File, u64, c_int)>,
+    ) -> nix::Result<()> {
+        self.check(from, len)?;
+        // SAFETY: the range is this mapping's, and `&mut self` says that nobody holds a reference.
+        Errno::result(unsafe { libc::munmap((self.addr + from) as *mut c_void, len) })?;
+        let mapped = self.place(from, len, file, libc::MAP_FIXED_NOREPLACE);
+        if mapped.is_err() {
+            // The place may be another's now: nothing of the mapping is touched any more.
+            std::mem::forget(std::mem::replace(self, Map { addr: 0, len: 0 }));
+        }
+        mapped
+    }
+
+    /// Which bytes from byte `from` on, at most `len`, are of one mapping to the kernel, which keeps
+    /// apart what was mapped or protected apart.
+    pub fn one_mapping(&self, from: usize, len: usize) -> io::Result<usize> {
+        let at = self.addr + from;
+        let table = std::fs::read_to_string("/proc/self/maps")?;
+        let bounds = table.lines().find_map(|line| {
+            let (start, end) = line.split(' ').next()?.split_once('-')?;
+            let start = usize::from_str_radix(start, 16).ok()?;
+            let end = usize::from_str_radix(end, 16).ok()?;
+            (start..end).contains(&at).then_some(end)
+        });
+        Ok(bounds.map_or(0, |end| len.min(end - at)))
+    }
+
+    /// `mremap` of `len` bytes from byte `from` to `new`, in place: over what else lies there.
+    pub fn grow_part(&mut self, from: usize, len: usize, new: usize) -> nix::Result<()> {
+        self.check(from, len)?;
+        self.check(from, new)?;
+        // SAFETY: the range is this mapping's, and `&mut self` says that nobody holds a reference; it
+        // never moves.
+        let got = unsafe { libc::mremap((self.addr + from) as *mut c_void, len, new, 0) };
+        if got == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        Ok(())
     }
 
     /// Keeps `len` bytes from byte `from` and unmaps the rest.
@@ -865,7 +940,8 @@ impl Child {
         }
     }
 
-    fn poll(&mut self) -> Result<Option<End>> {
+    /// How it ended, if it has.
+    pub fn poll(&mut self) -> Result<Option<End>> {
         if self.ended.is_none() {
             self.ended = match waitpid(self.pid, Some(WaitPidFlag::WNOHANG))? {
                 WaitStatus::Exited(_, code) => Some(End::Exit(code)),

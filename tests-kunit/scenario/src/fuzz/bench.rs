@@ -18,9 +18,10 @@ use nix::unistd::Pid;
 use rand::rngs::SmallRng;
 use rand::SeedableRng;
 
+use super::common::Member;
 use super::knobs;
 use super::op::{draw, Op, Shape, Way, FILES, LARGE, MADV_GUARD_INSTALL, MADV_GUARD_REMOVE};
-use crate::check::{bytes_are, eq, fails};
+use crate::check::{bytes_are, eq, fails, Skip};
 use crate::content::page_bytes;
 use crate::contention;
 use crate::ctx::{Ctx, Mount};
@@ -128,22 +129,22 @@ pub fn data(at: usize, seed: u64, len: usize) -> Vec<u8> {
 }
 
 /// Who else is at it.
-pub struct Crowd {
-    /// A process id a word, shared by all.
-    pub pids: Map,
+pub struct Crowd<'a> {
     /// Everybody's files.
-    pub files: Vec<File>,
-    /// Number of processes.
-    pub count: usize,
+    pub files: &'a [File],
+    /// What they have in common.
+    pub common: Member<'a>,
 }
 
-/// The most that was seen at once of 2 MiB pages.
+/// What was seen of 2 MiB pages, the most at once.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Large {
     /// KiB of the files.
     pub huge_kb: u64,
     /// KiB of the mappings.
     pub mapped_kb: u64,
+    /// Moves of 2 MiB at once.
+    pub moves: u64,
 }
 
 /// The real thing beside its model.
@@ -159,10 +160,17 @@ pub struct Bench<'a> {
     disk: Option<Disk>,
     model: Model,
     large: Large,
+    /// What the next call is drawn from.
+    rng: SmallRng,
+    /// Calls that were made.
+    count: u64,
+    /// The last of them, with their numbers.
+    last: VecDeque<(u64, Op)>,
 }
 
 impl<'a> Bench<'a> {
-    /// The files of process `number`, and room for mappings.
+    /// The files of process `number`, room for mappings, and calls that its seed draws: the run's and
+    /// that number.
     pub fn new(
         ctx: &'a Ctx,
         mount: &'a Mount<'a>,
@@ -180,6 +188,14 @@ impl<'a> Bench<'a> {
         let skip = arena.addr().next_multiple_of(2 << 20) - arena.addr();
         arena.keep(skip, len)?;
         arena.replace(0, len, None)?;
+        let disk = match Disk::new(ctx, len as u64) {
+            Ok(disk) => Some(disk),
+            Err(e) if e.is::<Skip>() => {
+                println!("without O_DIRECT: {e}");
+                None
+            }
+            Err(e) => return Err(e),
+        };
         Ok(Bench {
             ctx,
             mount,
@@ -188,13 +204,16 @@ impl<'a> Bench<'a> {
             shape,
             files,
             arena,
-            disk: Disk::new(ctx, len as u64).ok(),
+            disk,
             model: Model {
                 files: Default::default(),
                 arena: vec![None; shape.arena],
                 disk: vec![0; len],
             },
             large: Large::default(),
+            rng: SmallRng::seed_from_u64(ctx.setup.seed.wrapping_add(number as u64)),
+            count: 0,
+            last: VecDeque::new(),
         })
     }
 
@@ -221,22 +240,20 @@ impl<'a> Bench<'a> {
             .collect()
     }
 
-    /// Makes calls until `end`, and [`CALLS_MIN`] at least; returns how many. With a crowd, the host's
-    /// knobs are another's.
-    pub fn run(&mut self, seed: u64, end: Instant, crowd: Option<&Crowd>) -> Result<u64> {
-        let mut rng = SmallRng::seed_from_u64(seed);
-        let mut last: VecDeque<(u64, Op)> = VecDeque::new();
-        let mut count = 0u64;
-        while count < CALLS_MIN || Instant::now() < end {
+    /// Makes calls until `end`, and [`CALLS_MIN`] at least; returns how many, with those before. With a
+    /// crowd, the host's knobs are another's.
+    pub fn run(&mut self, end: Instant, crowd: Option<&Crowd<'_>>) -> Result<u64> {
+        while self.ctx.more_calls(self.count, CALLS_MIN, end) {
+            let count = self.count;
             if self.ctx.is_thinram() && crowd.is_none() && count % SQUEEZE == 0 {
                 // Underneath, pages are compressed, not, put together, split.
                 let states = ["none", "hard", "high", "clear"];
                 contention::force(self.ctx, states[(count / SQUEEZE % 4) as usize])?;
             }
-            let op = draw(&mut rng, self.shape);
-            last.push_back((count, op.clone()));
-            if last.len() > SHOWN {
-                last.pop_front();
+            let op = draw(&mut self.rng, self.shape);
+            self.last.push_back((count, op.clone()));
+            if self.last.len() > SHOWN {
+                self.last.pop_front();
             }
             let mut done = self.apply(&op, crowd);
             if done.is_ok() && count % LOOK == LOOK - 1 {
@@ -246,24 +263,28 @@ impl<'a> Bench<'a> {
                 }
             }
             if done.is_err() {
-                for (number, op) in &last {
+                for (number, op) in &self.last {
                     println!("call {number}: {op:?}");
                 }
             }
-            done.with_context(|| format!("call {count} of --seed {seed}"))?;
-            count += 1;
+            done.with_context(|| format!("call {count}; again by {}", self.ctx.replay(count)))?;
+            self.count += 1;
         }
-        self.compare_all()
-            .with_context(|| format!("after {count} calls of --seed {seed}"))?;
+        let count = self.count;
+        self.compare_all().with_context(|| {
+            let again = self.ctx.replay(count.saturating_sub(1));
+            format!("after {count} calls; again by {again}")
+        })?;
         Ok(count)
     }
 
-    fn apply(&mut self, op: &Op, crowd: Option<&Crowd>) -> Result<()> {
+    fn apply(&mut self, op: &Op, crowd: Option<&Crowd<'_>>) -> Result<()> {
         match *op {
             Op::Large {
                 file,
                 region,
                 at,
+                to,
                 value,
             } => {
                 let (from, len) = (region * LARGE * PAGE, LARGE * PAGE);
@@ -285,6 +306,7 @@ impl<'a> Bench<'a> {
                         page: region * LARGE,
                         pages: LARGE,
                         prot: RW,
+                        anew: false,
                     },
                     Op::Store {
                         at,
@@ -292,6 +314,13 @@ impl<'a> Bench<'a> {
                         words: 1,
                         value,
                     },
+                    Op::Move {
+                        from: at,
+                        pages: LARGE,
+                        to,
+                        less: 0,
+                    },
+                    Op::Load { at: to },
                 ];
                 for call in &calls {
                     self.apply(call, crowd)?;
@@ -349,10 +378,15 @@ impl<'a> Bench<'a> {
                 page,
                 pages,
                 prot,
+                anew,
             } => {
                 let offset = (page * PAGE) as u64;
                 let source = Some((&self.files[file], offset, prot));
-                self.arena.replace(at * PAGE, pages * PAGE, source)?;
+                if anew {
+                    self.arena.unmap(at * PAGE, pages * PAGE, source)?;
+                } else {
+                    self.arena.replace(at * PAGE, pages * PAGE, source)?;
+                }
                 for i in 0..pages {
                     self.model.arena[at + i] = Some(Slot {
                         file,
@@ -362,7 +396,7 @@ impl<'a> Bench<'a> {
                 }
             }
             Op::Unmap { at, pages } => {
-                self.arena.replace(at * PAGE, pages * PAGE, None)?;
+                self.arena.unmap(at * PAGE, pages * PAGE, None)?;
                 self.model.arena[at..at + pages].fill(None);
             }
             Op::Protect { at, pages, prot } => {
@@ -373,10 +407,23 @@ impl<'a> Bench<'a> {
                     }
                 }
             }
-            Op::Move { from, to } => {
-                if from != to && self.model.arena[from].is_some() {
-                    self.arena.shift(from * PAGE, to * PAGE, PAGE)?;
-                    self.model.arena[to] = self.model.arena[from].take();
+            Op::Move {
+                from,
+                pages,
+                to,
+                less,
+            } => self.shift(from, pages, to, less)?,
+            Op::Grow { at, pages, more } => {
+                let most = self.shape.arena - at;
+                if self.model.arena[at].is_some() && pages + more <= most {
+                    let len = self.arena.one_mapping(at * PAGE, pages * PAGE)?;
+                    let grown = self.arena.grow_part(at * PAGE, len, len + more * PAGE);
+                    let expected = if self.ctx.is_thinram() {
+                        Errno::EFAULT
+                    } else {
+                        Errno::ENOMEM
+                    };
+                    fails("mremap to more", grown, expected)?;
                 }
             }
             Op::Advise { at, pages, advice } => self.advise(at, pages, advice)?,
@@ -467,6 +514,11 @@ impl<'a> Bench<'a> {
                     self.refused(number, file, at)?;
                 }
             }
+            Op::Common(ref call) => {
+                if let Some(crowd) = crowd {
+                    crowd.common.apply(call)?;
+                }
+            }
             Op::Neighbour { number, at, pages } => {
                 if let Some(crowd) = crowd {
                     self.neighbour(crowd, number, at, pages)?;
@@ -483,6 +535,29 @@ impl<'a> Bench<'a> {
                     knobs::host(&self.ctx.sys(), number)?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn shift(&mut self, from: usize, pages: usize, to: usize, less: usize) -> Result<()> {
+        let pages = pages.min(self.shape.arena - from);
+        if self.model.arena[from].is_none() {
+            return Ok(());
+        }
+        let pages = self.arena.one_mapping(from * PAGE, pages * PAGE)? / PAGE;
+        let kept = pages.saturating_sub(less).max(1);
+        let apart = from + pages <= to || to + kept <= from;
+        if to + kept > self.shape.arena || (from != to && !apart) {
+            return Ok(());
+        }
+        let (len, kept_len) = (pages * PAGE, kept * PAGE);
+        self.arena
+            .shift_part(from * PAGE, len, to * PAGE, kept_len)?;
+        let moved = self.model.arena[from..from + kept].to_vec();
+        self.model.arena[from..from + pages].fill(None);
+        self.model.arena[to..to + kept].copy_from_slice(&moved);
+        if from != to && kept >= LARGE {
+            self.large.moves += 1;
         }
         Ok(())
     }
@@ -558,6 +633,10 @@ impl<'a> Bench<'a> {
         let done = self.arena.advise(at * PAGE, pages * PAGE, advice);
         match advice {
             libc::MADV_FREE | libc::MADV_WIPEONFORK => fails("the advice", done, Errno::EINVAL)?,
+            // They would take back what the module asked for.
+            libc::MADV_DOFORK | libc::MADV_DODUMP if self.ctx.is_thinram() => {
+                fails(format!("advice {advice}"), done, Errno::EINVAL)?;
+            }
             MADV_GUARD_INSTALL | MADV_GUARD_REMOVE if done.is_ok() => bail!("a guard was set"),
             libc::MADV_NORMAL
             | libc::MADV_RANDOM
@@ -678,20 +757,23 @@ impl<'a> Bench<'a> {
     }
 
     /// What others hold is theirs to check; here it is only touched.
-    fn neighbour(&self, crowd: &Crowd, number: usize, at: usize, pages: usize) -> Result<()> {
+    fn neighbour(&self, crowd: &Crowd<'_>, number: usize, at: usize, pages: usize) -> Result<()> {
         let mut seen = vec![0; pages * PAGE];
         if number % 2 == 0 {
             let file = &crowd.files[number % crowd.files.len()];
             file.read_at(&mut seen, (at * PAGE) as u64)?;
             return Ok(());
         }
-        let pid = i32::try_from(crowd.pids.get(0, number % crowd.count))?;
+        let pid = crowd.common.pid_of(number)?;
+        if pid.as_raw() == 0 {
+            return Ok(());
+        }
         let remote = [RemoteIoVec {
             base: self.arena.addr() + at * PAGE,
             len: pages * PAGE,
         }];
         let local = &mut [IoSliceMut::new(&mut seen)];
-        match process_vm_readv(Pid::from_raw(pid), local, &remote) {
+        match process_vm_readv(pid, local, &remote) {
             // Nothing is mapped there, or it has ended.
             Ok(_) | Err(Errno::EFAULT | Errno::ESRCH | Errno::EPERM) => Ok(()),
             Err(e) => bail!("process_vm_readv of {pid}: {e}"),

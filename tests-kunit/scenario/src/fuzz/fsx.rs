@@ -281,7 +281,7 @@ pub fn fsx(ctx: &Ctx) -> Result<()> {
     let end = Instant::now() + ctx.span(8.0);
     let (mut count, mut polluted) = (0u64, false);
     let mut last = std::collections::VecDeque::new();
-    while count < OPERATIONS_MIN || Instant::now() < end {
+    while ctx.more_calls(count, OPERATIONS_MIN, end) {
         // tmpfs shows what was written beyond the end when the file grows.
         let op = draw(&mut rng, fsx.good.len(), ctx.is_thinram());
         let before = fsx.good.len();
@@ -299,7 +299,7 @@ pub fn fsx(ctx: &Ctx) -> Result<()> {
         if done.is_err() {
             last.iter().for_each(|line| println!("{line}"));
         }
-        done.with_context(|| format!("operation {count} of --seed {seed}"))?;
+        done.with_context(|| format!("operation {count}; again by {}", ctx.replay(count)))?;
         count += 1;
     }
     println!("{count} operations, seed {seed}");

@@ -5,6 +5,7 @@
 use rand::rngs::SmallRng;
 use rand::Rng;
 
+use super::common;
 use crate::sys::{PAGE, R, RW};
 
 /// Contents that pages have in common, so that they merge.
@@ -23,6 +24,8 @@ pub struct Shape {
     pub arena: usize,
     /// Largest range of a call, in pages.
     pub long: usize,
+    /// Processes that have something in common; 0 for one alone.
+    pub crowd: usize,
 }
 
 impl Shape {
@@ -31,13 +34,23 @@ impl Shape {
         cap: 48,
         arena: 96,
         long: 12,
+        crowd: 0,
     };
     /// Room for some 2 MiB pages.
     pub const LARGE: Shape = Shape {
         cap: 3 * LARGE,
         arena: 4 * LARGE,
         long: 2 * LARGE,
+        crowd: 0,
     };
+
+    /// The same for one of `count` processes.
+    pub fn among(self, count: usize) -> Shape {
+        Shape {
+            crowd: count,
+            ..self
+        }
+    }
 
     /// Whether a 2 MiB page fits a file.
     pub fn is_large(self) -> bool {
@@ -56,11 +69,13 @@ pub enum Way {
 /// One call with its arguments.
 #[derive(Debug, Clone)]
 pub enum Op {
-    /// Empties 2 MiB of a file, gives it memory again, maps it whole from page `at` on, and writes.
+    /// Empties 2 MiB of a file, gives it memory again, maps it whole from page `at` on, writes, and
+    /// moves it.
     Large {
         file: usize,
         region: usize,
         at: usize,
+        to: usize,
         value: u64,
     },
     Pwrite {
@@ -103,7 +118,10 @@ pub enum Op {
         page: usize,
         pages: usize,
         prot: i32,
+        /// After a munmap, not over what is there.
+        anew: bool,
     },
+    /// By munmap; what lies around it stays.
     Unmap {
         at: usize,
         pages: usize,
@@ -113,9 +131,18 @@ pub enum Op {
         pages: usize,
         prot: i32,
     },
+    /// mremap of as many of `pages` as are of one mapping, to as many less `less`, but one at least.
     Move {
         from: usize,
+        pages: usize,
         to: usize,
+        less: usize,
+    },
+    /// mremap to more pages, which is refused.
+    Grow {
+        at: usize,
+        pages: usize,
+        more: usize,
     },
     Advise {
         at: usize,
@@ -172,6 +199,8 @@ pub enum Op {
         file: usize,
         at: usize,
     },
+    /// On what all processes have in common.
+    Common(common::Call),
     /// Reads another process's memory and files, whatever is in them.
     Neighbour {
         number: usize,
@@ -191,9 +220,9 @@ pub enum Op {
     },
 }
 
-/// Every advice that neither breaks memory for good nor is for anonymous memory alone; the kernel
-/// may not know some.
-const ADVICES: [i32; 24] = [
+/// Every advice but MADV_HWPOISON and MADV_SOFT_OFFLINE, each of which takes a page from the machine
+/// for good; the kernel may not know some.
+const ADVICES: [i32; 26] = [
     libc::MADV_NORMAL,
     libc::MADV_RANDOM,
     libc::MADV_SEQUENTIAL,
@@ -204,9 +233,11 @@ const ADVICES: [i32; 24] = [
     libc::MADV_REMOVE,
     libc::MADV_REMOVE,
     libc::MADV_DONTFORK,
+    libc::MADV_DOFORK,
     libc::MADV_WIPEONFORK,
     libc::MADV_KEEPONFORK,
     libc::MADV_DONTDUMP,
+    libc::MADV_DODUMP,
     libc::MADV_MERGEABLE,
     libc::MADV_UNMERGEABLE,
     libc::MADV_HUGEPAGE,
@@ -251,6 +282,31 @@ fn page(rng: &mut SmallRng, pages: usize) -> usize {
     rng.random_range(0..pages)
 }
 
+/// A move from `at`: of whole 2 MiB where there is room for some, as often as of other lengths. A third
+/// of them leave something behind, some of these stay where they are.
+fn move_of(rng: &mut SmallRng, shape: Shape, at: usize, pages: usize) -> Op {
+    let less = match rng.random_range(0..3) {
+        0 => rng.random_range(1..=pages),
+        _ => 0,
+    };
+    if shape.is_large() && rng.random() {
+        let mut border = || rng.random_range(0..shape.arena / LARGE) * LARGE;
+        return Op::Move {
+            from: border(),
+            pages: LARGE,
+            to: border(),
+            less,
+        };
+    }
+    let to = page(rng, shape.arena);
+    Op::Move {
+        from: at,
+        pages,
+        to: if less > 0 && rng.random() { at } else { to },
+        less,
+    }
+}
+
 /// Draws the next call.
 pub fn draw(rng: &mut SmallRng, shape: Shape) -> Op {
     let file = rng.random_range(0..FILES);
@@ -265,6 +321,7 @@ pub fn draw(rng: &mut SmallRng, shape: Shape) -> Op {
             file,
             region: rng.random_range(0..shape.cap / LARGE),
             at: rng.random_range(0..shape.arena / LARGE) * LARGE,
+            to: rng.random_range(0..shape.arena / LARGE) * LARGE,
             value: seed,
         };
     }
@@ -272,7 +329,8 @@ pub fn draw(rng: &mut SmallRng, shape: Shape) -> Op {
     let long = if rng.random_bool(0.8) { 12 } else { shape.long };
     let pages = rng.random_range(1..=long.min(shape.arena - at));
     let prot = [libc::PROT_NONE, R, RW, RW, RW][rng.random_range(0..5)];
-    match rng.random_range(0..120) {
+    let kinds = if shape.crowd > 0 { 160 } else { 120 };
+    match rng.random_range(0..kinds) {
         0..=14 => {
             let (at, len) = range(rng, shape, 3);
             Op::Pwrite {
@@ -319,13 +377,16 @@ pub fn draw(rng: &mut SmallRng, shape: Shape) -> Op {
                 page,
                 pages: pages.min(shape.cap - page),
                 prot,
+                anew: rng.random(),
             }
         }
         42..=44 => Op::Unmap { at, pages },
         45..=49 => Op::Protect { at, pages, prot },
-        50..=53 => Op::Move {
-            from: at,
-            to: page(rng, shape.arena),
+        50..=52 => move_of(rng, shape, at, pages),
+        53 => Op::Grow {
+            at,
+            pages,
+            more: rng.random_range(1..=8),
         },
         54..=61 => {
             let advice = ADVICES[rng.random_range(0..ADVICES.len())];
@@ -389,6 +450,7 @@ pub fn draw(rng: &mut SmallRng, shape: Shape) -> Op {
             vm: file,
             number: rng.random_range(0..64),
         },
+        120.. => Op::Common(common::draw(rng, shape.crowd, seed)),
         _ => Op::Host {
             number: rng.random_range(0..64),
         },
