@@ -124,7 +124,7 @@ pub fn merged_from(
 }
 
 /// Compresses all shared pages, `pages` contents.
-fn pack(ctx: &Ctx, pages: usize) -> Result<()> {
+pub fn pack(ctx: &Ctx, pages: usize) -> Result<()> {
     force(ctx, "hard")?;
     ctx.until_is("shared_compressed_kb", 4 * pages as u64, SOON)?;
     force(ctx, "none")

@@ -18,7 +18,9 @@ use crate::contention::force;
 use crate::ctx::Ctx;
 use crate::harness::Case;
 use crate::huge::{self, LARGE, LARGE_KB};
-use crate::operations::{merged, Before, Operation, Pair, OPERATIONS};
+use crate::operations::{
+    merged, Before, Operation, Pair, FURTHER, LARGE_PAGES, ON_DISK, OPERATIONS,
+};
 use crate::sharing::{twins, SOON};
 use crate::swap::{self, Disk};
 use crate::sys::{self, Map, PAGE, RW};
@@ -40,7 +42,19 @@ pub const CASES: &[Case] = &[
         "whatever the module asks for in each operation fails once: nothing is lost",
         fail_allocation,
     )
-    .span(60.0),
+    .span(120.0),
+    Case::thinram(
+        "debug/fail-on-disk",
+        "the same of what needs a swap disk: objects and shared pages go there and come back, swap_dir",
+        fail_on_disk,
+    )
+    .span(120.0),
+    Case::thinram(
+        "debug/fail-large",
+        "the same of what needs pages of 2 MiB",
+        fail_large,
+    )
+    .span(120.0),
     Case::thinram(
         "debug/fail-swap",
         "whatever it asks for on the way to swap and back fails once: nothing is lost",
@@ -474,16 +488,45 @@ pub fn errno_of(e: &anyhow::Error) -> Option<Errno> {
     })
 }
 
-fn fail_allocation(ctx: &Ctx) -> Result<()> {
+/// What needs nothing of the module's that may be refused.
+const WITHOUT: [&str; 3] = [
+    "read(2)",
+    "large_pages of a VM",
+    "a VM that is renamed, and back",
+];
+
+fn fail_all(ctx: &Ctx, operations: &[Operation], next: &dyn Fn(u64) -> u64) -> Result<()> {
     let countdown = Switch::new(ctx, "fail_allocation")?;
-    for operation in OPERATIONS {
-        let failures = fail_each(ctx, operation, &countdown, &|nth| nth + 1)?;
+    for operation in operations {
+        let failures = fail_each(ctx, operation, &countdown, next)?;
         that(
             format!("{} allocates something", operation.name),
-            failures > 0 || operation.name == "read(2)",
+            failures > 0 || WITHOUT.contains(&operation.name),
         )?;
     }
     Ok(())
+}
+
+fn fail_allocation(ctx: &Ctx) -> Result<()> {
+    fail_all(ctx, OPERATIONS, &|nth| nth + 1)?;
+    fail_all(ctx, FURTHER, &|nth| nth + 1)
+}
+
+fn fail_on_disk(ctx: &Ctx) -> Result<()> {
+    drop(Switch::new(ctx, "fail_allocation")?);
+    let disk = Disk::new(ctx)?;
+    // A file that could not be made or grow is tried again after 8 s: one of three requests fails, by
+    // the seed another each time.
+    let first = 2 + ctx.setup.seed % 3;
+    fail_all(ctx, ON_DISK, &|nth| if nth == 1 { first } else { nth + 3 })?;
+    disk.unmount()
+}
+
+fn fail_large(ctx: &Ctx) -> Result<()> {
+    drop(Switch::new(ctx, "fail_allocation")?);
+    huge::always(ctx)?;
+    // A split makes some 500 requests, all alike but the first and the last.
+    fail_all(ctx, LARGE_PAGES, &|nth| nth + 1 + nth / 4)
 }
 
 /// Carries the operation out while its first request fails, then while a later one does, as `next` says,

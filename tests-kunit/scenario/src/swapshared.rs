@@ -145,7 +145,7 @@ fn sums(ctx: &Ctx) -> Result<()> {
 }
 
 /// Pushes all shared pages, `kb` of them, into swap.
-fn push_out(ctx: &Ctx, kb: u64) -> Result<()> {
+pub fn push_out(ctx: &Ctx, kb: u64) -> Result<()> {
     let sys = ctx.sys();
     sys.set("compress_max_percent", 0)?;
     force(ctx, "hard")?;
