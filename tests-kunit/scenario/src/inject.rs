@@ -18,6 +18,7 @@ use crate::contention::force;
 use crate::ctx::Ctx;
 use crate::harness::Case;
 use crate::huge::{self, LARGE, LARGE_KB};
+use crate::live::Live;
 use crate::operations::{
     merged, Before, Operation, Pair, FURTHER, LARGE_PAGES, ON_DISK, OPERATIONS,
 };
@@ -608,6 +609,7 @@ pub fn fail_swapping(ctx: &Ctx, failing: &dyn Failing, next: &dyn Fn(u64) -> u64
     let path = ctx.dir.join("copy");
     fs::write(&path, [0; PAGE])?;
     let copy = File::options().read(true).write(true).open(&path)?;
+    let mut live = Live::now(ctx)?;
     let (mut failures, mut refused, mut nth) = (0, 0, 1);
     loop {
         let mount = ctx.mount("m", "size=16M,domain=lab")?;
@@ -654,6 +656,7 @@ pub fn fail_swapping(ctx: &Ctx, failing: &dyn Failing, next: &dyn Fn(u64) -> u64
         drop(guest);
         drop(mount);
         ctx.until_no_vm()?;
+        (live.until_back(ctx)).with_context(|| format!("after failure {nth}"))?;
         if !failed {
             break;
         }
