@@ -328,7 +328,7 @@ fn processes(seed: u64) -> Result<()> {
         "--scale",
         "0.05",
         "--patience",
-        "4",
+        "15",
     ]);
     scenario.args(["--seed", &seed.to_string()]);
     for case in CASES {
