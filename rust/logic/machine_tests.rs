@@ -2,7 +2,11 @@
 
 //! The slot machine: slot words, hints, catalog, records, clusters and counts put together as the module
 //! does it, driven by random operations beside a model that only knows what each page should read as,
-//! and which states an operation may take it to.
+//! which states an operation may take it to, and who may share with whom.
+//!
+//! Three VMs in two domains share by rules that change. Any request for memory, and any read and write of
+//! the swap file, may be refused: then a page may be out of reach for now, or a change may not come
+//! about, but nothing is lost.
 //!
 //! A page's content is one number here, its hash a function of it that may be made to collide. What
 //! becomes of it when it is compressed is a function of it as well.
@@ -10,15 +14,21 @@
 use super::{
     catalog::{self, Catalog, Entry, GroupPage, PageStore, StableOutcome},
     cell::SlotCell,
-    clusters::{Cluster, Clusters, Fill, Place},
+    clusters::{Cluster, Clusters, Fill, Phase, Place},
     counts::{self, Counts},
     hints::{self, Pages},
     huge::{HugeWord, PartClass, Worth},
     records::{Bytes, Dropped, Form, RecordPage, RecordStore, Records},
+    scope::{Group, Scope},
     slot::{Class, Slot, State},
+    tunables::ShareScope,
 };
 use proptest::prelude::*;
-use std::collections::{HashMap, HashSet};
+use std::{
+    cell::Cell,
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
 
 #[derive(Default)]
 pub(super) struct Boxed<T>(pub(super) Vec<Box<T>>);
@@ -117,7 +127,97 @@ const CLUSTERS: u32 = 24;
 /// Bytes of a page.
 const PAGE_BYTES: usize = 4096;
 
-/// The words of a VM's pages. The place of a page is its id.
+/// What may be refused.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Kind {
+    /// A frame of 4 KiB.
+    Frame,
+    /// A folio of 2 MiB.
+    Folio,
+    /// An object in a pool.
+    Object,
+    /// A page of the index.
+    Index,
+    /// The write of a cluster.
+    Write,
+    /// The read of one.
+    Read,
+}
+
+impl Kind {
+    const ALL: [Kind; 6] = [
+        Kind::Frame,
+        Kind::Folio,
+        Kind::Object,
+        Kind::Index,
+        Kind::Write,
+        Kind::Read,
+    ];
+}
+
+/// Of each kind, which request from now on is refused, and whether all that follow are.
+#[derive(Default)]
+struct Refusals {
+    armed: [Cell<Option<(u32, bool)>>; Kind::ALL.len()],
+    /// How many were.
+    happened: [Cell<u32>; Kind::ALL.len()],
+}
+
+impl Refusals {
+    fn arm(&self, kind: Kind, after: u32, often: bool) {
+        self.armed[kind as usize].set(Some((after, often)));
+    }
+
+    fn disarm(&self) {
+        self.armed.iter().for_each(|armed| armed.set(None));
+    }
+
+    /// Makes a request.
+    fn refuses(&self, kind: Kind) -> bool {
+        let armed = &self.armed[kind as usize];
+        match armed.get() {
+            None => return false,
+            Some((0, often)) => armed.set(Some((0, true)).filter(|_| often)),
+            Some((left, often)) => {
+                armed.set(Some((left - 1, often)));
+                return false;
+            }
+        }
+        let happened = &self.happened[kind as usize];
+        happened.set(happened.get() + 1);
+        true
+    }
+}
+
+/// Bits of a content that lie in a quarter of the page, from a quarter on.
+fn quarters_from(quarter: usize) -> u64 {
+    u64::MAX
+        .checked_shl(8 * quarter as u32)
+        .filter(|_| quarter < 4)
+        .unwrap_or(0)
+}
+
+/// One virtual machine.
+struct Vm {
+    /// Its first page, at the start of a region.
+    start: usize,
+    len: usize,
+    counts: Counts,
+    domain: u32,
+    shares: bool,
+    scope: Scope,
+}
+
+/// A change to who shares with whom.
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    ShareScope(ShareScope),
+    Domain(usize, u32),
+    Share(usize, bool),
+    Unshare,
+}
+
+/// The words of all VMs' pages. The place of a page is its id.
 struct Words(Vec<SlotCell>);
 
 impl Words {
@@ -132,15 +232,19 @@ impl Pages for Words {
     }
 }
 
-/// A host with one VM.
+/// A host with its VMs.
 struct Machine {
+    vms: Vec<Vm>,
+    share_scope: ShareScope,
+    refusals: Refusals,
+    /// Changes that were refused.
+    turned_down: u32,
     slots: Words,
     /// The parts of the regions that are one folio.
     folios: HashMap<usize, Vec<u64>>,
     pinned: HashSet<usize>,
     /// Regions whose folio is held.
     held: HashSet<usize>,
-    counts: Counts,
     frames: Things,
     /// Compressed pages, by their address in units of eight bytes.
     objects: Things,
@@ -150,8 +254,8 @@ struct Machine {
     filling: Option<Fill>,
     writing: Vec<u32>,
     records: Records<Boxed<RecordPage>>,
-    /// The hash that a record was published under.
-    labels: HashMap<u32, u64>,
+    /// The hash and the scope that a record was published under.
+    labels: HashMap<u32, (u64, Scope)>,
     /// Records that the catalog has no entry for.
     unlisted: HashSet<u32>,
     catalog: Catalog<Boxed<GroupPage>>,
@@ -162,13 +266,17 @@ struct Machine {
 }
 
 impl Machine {
-    fn new(hash_mask: u64, catalog_pages: usize) -> Self {
+    /// VMs of no pages yet that have room for so many, each in a domain.
+    fn new(hash_mask: u64, catalog_pages: usize, vms: &[(usize, u32)]) -> Self {
         let mut machine = Machine {
+            vms: Vec::new(),
+            share_scope: ShareScope::Domain,
+            refusals: Refusals::default(),
+            turned_down: 0,
             slots: Words(Vec::new()),
             folios: HashMap::new(),
             pinned: HashSet::new(),
             held: HashSet::new(),
-            counts: Counts::new(),
             frames: Things::default(),
             objects: Things::default(),
             places: Things::default(),
@@ -184,13 +292,71 @@ impl Machine {
             max_sharers: 1 << 20,
             pass: 0,
         };
+        for &(room, domain) in vms {
+            let start = machine.slots.0.len();
+            let end = start + room.next_multiple_of(REGION);
+            let empty = || SlotCell::new(Slot::EMPTY);
+            machine.slots.0.resize_with(end, empty);
+            machine.vms.push(Vm {
+                start,
+                len: 0,
+                counts: Counts::new(),
+                domain,
+                shares: true,
+                scope: Scope::of_domain(domain),
+            });
+        }
         machine.catalog.store_mut().0.push(Box::default());
         assert_eq!(machine.clusters.add(CLUSTERS), CLUSTERS);
         machine
     }
 
-    fn hash(&self, content: u64) -> u64 {
-        mix(content) & self.hash_mask
+    /// One VM, alone in its domain.
+    fn with_one_vm(hash_mask: u64, catalog_pages: usize, pages: usize) -> Self {
+        let mut machine = Self::new(hash_mask, catalog_pages, &[(pages, 0)]);
+        machine.resize(0, pages);
+        machine
+    }
+
+    fn hash(&self, content: u64, scope: Scope) -> u64 {
+        mix(content ^ mix(scope.0.into())) & self.hash_mask
+    }
+
+    fn vm_of(&self, page: usize) -> usize {
+        let before = |vm: &Vm| vm.start <= page;
+        self.vms.iter().rposition(before).unwrap()
+    }
+
+    fn scope_of(&self, page: usize) -> Scope {
+        self.vms[self.vm_of(page)].scope
+    }
+
+    /// The pages of a VM.
+    fn pages_of_vm(&self, vm: usize) -> Range<usize> {
+        let vm = &self.vms[vm];
+        vm.start..vm.start + vm.len
+    }
+
+    /// All pages that there are.
+    fn pages(&self) -> impl Iterator<Item = usize> + use<> {
+        let all: Vec<_> = (0..self.vms.len()).map(|vm| self.pages_of_vm(vm)).collect();
+        all.into_iter().flatten()
+    }
+
+    /// A frame, unless it is refused.
+    fn frame(&mut self, content: u64) -> Option<u64> {
+        (!self.refusals.refuses(Kind::Frame)).then(|| self.frames.alloc(content))
+    }
+
+    /// Objects have addresses in units of eight bytes.
+    fn object(&mut self, content: u64) -> Option<u64> {
+        (!self.refusals.refuses(Kind::Object)).then(|| self.objects.alloc(content))
+    }
+
+    /// Whether what lies there can be read now: from the buffer that it was put into, or the disk.
+    fn is_readable(&self, place: Place) -> bool {
+        let cluster = self.clusters.get(place.cluster()).unwrap();
+        cluster.phase() != Phase::Written || !self.refusals.refuses(Kind::Read)
     }
 
     fn count(slot: Slot) -> counts::Class {
@@ -205,10 +371,6 @@ impl Machine {
         }
     }
 
-    fn len(&self) -> usize {
-        self.slots.0.len()
-    }
-
     fn is_folio(&self, page: usize) -> bool {
         self.folios.contains_key(&(page / REGION))
     }
@@ -221,7 +383,9 @@ impl Machine {
     /// Gives the slot another word, and lets go of what it owned.
     fn set(&mut self, page: usize, slot: Slot) {
         let old = self.slots.0[page].swap(slot);
-        self.counts
+        let vm = self.vm_of(page);
+        self.vms[vm]
+            .counts
             .transition(Self::count(old), Self::count(slot), 1)
             .unwrap();
         match old.state() {
@@ -253,7 +417,7 @@ impl Machine {
 
     fn leave(&mut self, id: u32) {
         if let Dropped::Last(bytes) = self.records.drop_sharer(id).unwrap() {
-            let hash = self.labels.remove(&id).unwrap();
+            let (hash, _) = self.labels.remove(&id).unwrap();
             let listed = !self.unlisted.remove(&id);
             assert_eq!(self.catalog.remove(hash, Entry::Stable(id)), listed);
             self.free_bytes(bytes);
@@ -283,33 +447,60 @@ impl Machine {
         }
     }
 
-    /// A guest touches the page: from here on it is in memory, and mapped.
-    fn fault(&mut self, page: usize) {
+    /// The content of a page that is to come back; `None` while it cannot be read.
+    fn load(&self, page: usize) -> Option<u64> {
+        let slot = self.slots.get(page);
+        let is_readable = slot.state() != State::Swapped || self.is_readable(slot.place());
+        is_readable.then(|| self.read(page))
+    }
+
+    /// The same of a record.
+    fn load_record(&self, id: u32) -> Option<u64> {
+        let bytes = self.records.get(id).unwrap().bytes;
+        let is_away = bytes.form == Form::Swapped;
+        let is_readable = !is_away || self.is_readable(Place::from_payload(bytes.payload));
+        is_readable.then(|| self.read_record(id))
+    }
+
+    /// A guest touches the page: from here on it is in memory, and mapped. False when it has to wait:
+    /// then all is as it was.
+    fn fault(&mut self, page: usize) -> bool {
         let slot = self.slots.get(page);
         match slot.state() {
             State::Empty if self.is_folio(page) => self.set(page, HugeWord::NEW.slot()),
             State::Empty | State::Zero => self.note(page, slot.with_zero_mapped()),
             State::Private | State::Huge => {}
-            State::Shared => self.unpack_record(slot.record()),
+            State::Shared => return self.unpack_record(slot.record()),
             State::Compressed | State::Filled | State::Swapped => {
-                let pfn = self.frames.alloc(self.read(page));
+                let content = self.load(page);
+                let Some(pfn) = content.and_then(|content| self.frame(content)) else {
+                    return false;
+                };
                 self.set(page, Slot::private(pfn));
             }
         }
+        true
     }
 
-    /// The page of a record comes back, for all its sharers.
-    fn unpack_record(&mut self, id: u32) {
+    /// The page of a record comes back, for all its sharers. False when it cannot.
+    fn unpack_record(&mut self, id: u32) -> bool {
         self.records.note_idle(id, false);
         if self.records.get(id).unwrap().bytes.form != Form::Frame {
-            let pfn = self.frames.alloc(self.read_record(id));
+            let content = self.load_record(id);
+            let Some(pfn) = content.and_then(|content| self.frame(content)) else {
+                return false;
+            };
             let old = self.records.put(id, Bytes::frame(pfn)).unwrap();
             self.free_bytes(old);
         }
+        true
     }
 
-    fn write(&mut self, page: usize, content: u64) {
-        self.fault(page);
+    /// False when the write has to wait.
+    fn write(&mut self, page: usize, content: u64) -> bool {
+        if !self.fault(page) {
+            return false;
+        }
         let slot = self.slots.get(page);
         match slot.state() {
             State::Private => {
@@ -322,14 +513,25 @@ impl Machine {
             }
             state => {
                 let backoff = slot.backoff() + u8::from(state == State::Shared);
-                let pfn = self.frames.alloc(content);
+                let Some(pfn) = self.frame(content) else {
+                    return false;
+                };
                 self.set(page, Slot::private(pfn).with_backoff(backoff));
             }
+        }
+        true
+    }
+
+    /// A hole or an end that leaves the bits of `mask` of a page. False when it could not be.
+    fn cut(&mut self, page: usize, mask: u64) -> bool {
+        match self.slots.get(page).state() {
+            State::Empty | State::Zero => true,
+            _ => self.fault(page) && self.write(page, self.read(page) & mask),
         }
     }
 
     /// Punches a hole, or (`cut`) lets the pages go that are beyond the end from here on.
-    fn punch(&mut self, pages: std::ops::Range<usize>, cut: bool) {
+    fn punch(&mut self, pages: Range<usize>, cut: bool) {
         for page in pages {
             self.pinned.remove(&page);
             match self.slots.get(page).state() {
@@ -362,26 +564,29 @@ impl Machine {
         }
     }
 
-    fn pages_of(&self, region: usize) -> std::ops::Range<usize> {
-        region * REGION..(region * REGION + REGION).min(self.len())
+    fn pages_of(&self, region: usize) -> Range<usize> {
+        let start = region * REGION;
+        let end = self.pages_of_vm(self.vm_of(start)).end;
+        start..(start + REGION).min(end).max(start)
     }
 
-    /// The pages of a region that lies within the VM as a whole.
-    fn whole(&self, region: usize) -> Option<std::ops::Range<usize>> {
+    /// The pages of a region that lies within its VM as a whole.
+    fn whole(&self, region: usize) -> Option<Range<usize>> {
         Some(self.pages_of(region)).filter(|pages| pages.len() == REGION)
     }
 
-    fn resize(&mut self, pages: usize) {
-        if pages < self.len() {
-            self.punch(pages..self.len(), true);
-            let cut = self.len() - pages;
-            self.slots.0.truncate(pages);
-            self.counts.remove_empty(cut as u64).unwrap();
+    fn resize(&mut self, vm: usize, pages: usize) {
+        let now = self.pages_of_vm(vm);
+        if pages < now.len() {
+            self.punch(now.start + pages..now.end, true);
+            self.vms[vm].len = pages;
+            let cut = (now.len() - pages) as u64;
+            self.vms[vm].counts.remove_empty(cut).unwrap();
+        } else {
+            self.vms[vm].len = pages;
+            let came = (pages - now.len()) as u64;
+            self.vms[vm].counts.add_empty(came).unwrap();
         }
-        self.counts.add_empty((pages - self.len()) as u64).unwrap();
-        self.slots
-            .0
-            .resize_with(pages, || SlotCell::new(Slot::EMPTY));
     }
 
     /// An untouched region becomes a folio of zeroes.
@@ -393,6 +598,7 @@ impl Machine {
             || !pages
                 .clone()
                 .all(|page| self.slots.get(page).state() == State::Empty)
+            || self.refusals.refuses(Kind::Folio)
         {
             return;
         }
@@ -404,9 +610,18 @@ impl Machine {
         if self.held.contains(&region) {
             return;
         }
-        let Some(parts) = self.folios.remove(&region) else {
+        let Some(parts) = self.folios.get(&region) else {
             return;
         };
+        // All that it takes is there before, or nothing happens.
+        let (needed, mut frames) = (parts.iter().filter(|part| **part != 0).count(), Vec::new());
+        while frames.len() < needed {
+            match self.frame(0) {
+                Some(pfn) => frames.push(pfn),
+                None => return frames.into_iter().for_each(|pfn| self.frames.free(pfn)),
+            }
+        }
+        let parts = self.folios.remove(&region).unwrap();
         for page in self.pages_of(region) {
             let Some(word) = HugeWord::from_slot(self.slots.get(page)) else {
                 continue;
@@ -415,7 +630,8 @@ impl Machine {
                 0 if word.is_hole() => self.set(page, Slot::EMPTY),
                 0 => self.set(page, Slot::ZERO),
                 content => {
-                    let pfn = self.frames.alloc(content);
+                    let pfn = frames.pop().unwrap();
+                    self.frames.content.insert(pfn, content);
                     self.set(page, Slot::private(pfn));
                     if let Some(hash) = word.hash() {
                         self.note(page, Slot::private(pfn).looked_at(Class::Unshared, hash));
@@ -431,7 +647,7 @@ impl Machine {
         };
         let worth = Worth::of(pages.clone().map(|page| self.slots.get(page)), true);
         let free = pages.clone().all(|page| !self.pinned.contains(&page));
-        if worth.and_mapped(REGION).is_err() || !free {
+        if worth.and_mapped(REGION).is_err() || !free || self.refusals.refuses(Kind::Folio) {
             return;
         }
         let parts = pages.clone().map(|page| self.read(page)).collect();
@@ -458,10 +674,34 @@ impl Machine {
         }
     }
 
-    /// What is full was written.
+    /// What is full is written. What cannot be comes back, as far as there is memory.
     fn write_out(&mut self) {
-        for cluster in self.writing.drain(..) {
+        for cluster in std::mem::take(&mut self.writing) {
+            if self.refusals.refuses(Kind::Write) {
+                self.empty_cluster(cluster);
+                let live = self.clusters.get(cluster).unwrap().live();
+                if live > 0 {
+                    self.writing.push(cluster);
+                    continue;
+                }
+            }
             self.clusters.written(cluster);
+        }
+    }
+
+    fn empty_cluster(&mut self, cluster: u32) {
+        for page in self.pages() {
+            let slot = self.slots.get(page);
+            if slot.state() == State::Swapped && slot.place().cluster() == cluster {
+                self.put_back(page);
+            }
+        }
+        for id in self.live_records() {
+            let bytes = self.records.get(id).unwrap().bytes;
+            let place = Place::from_payload(bytes.payload);
+            if bytes.form == Form::Swapped && place.cluster() == cluster {
+                self.move_record(id, false);
+            }
         }
     }
 
@@ -474,9 +714,11 @@ impl Machine {
         match packs(content) {
             Packs::Filled => self.set(page, Slot::filled(content as u32)),
             Packs::To(len) => {
-                let address = 8 * self.objects.alloc(content);
-                assert!(Slot::can_hold(address, len));
-                self.set(page, Slot::compressed(address, len));
+                let Some(object) = self.object(content) else {
+                    return;
+                };
+                assert!(Slot::can_hold(8 * object, len));
+                self.set(page, Slot::compressed(8 * object, len));
             }
             Packs::Not => {
                 if let Some(place) = self.stage(content, PAGE_BYTES) {
@@ -502,41 +744,51 @@ impl Machine {
         if self.slots.get(page).state() != State::Swapped {
             return;
         }
-        let content = self.read(page);
+        let Some(content) = self.load(page) else {
+            return;
+        };
         match packs(content) {
             Packs::To(len) => {
-                let address = 8 * self.objects.alloc(content);
-                self.set(page, Slot::compressed(address, len));
+                if let Some(object) = self.object(content) {
+                    self.set(page, Slot::compressed(8 * object, len));
+                }
             }
-            _ => self.fault(page),
+            _ => {
+                self.fault(page);
+            }
         }
     }
 
-    /// A shared page goes a step farther away, or a step back, for all its sharers.
-    fn move_record(&mut self, nth: usize, away: bool) {
+    fn live_records(&self) -> Vec<u32> {
         let mut live = self.labels.keys().copied().collect::<Vec<_>>();
         live.sort_unstable();
-        let Some(&id) = live.get(nth % live.len().max(1)) else {
+        live
+    }
+
+    /// A shared page goes a step farther away, or a step back, for all its sharers.
+    fn move_record(&mut self, id: u32, away: bool) {
+        let form = self.records.get(id).unwrap().bytes.form;
+        let Some(content) = self.load_record(id) else {
             return;
         };
-        let (form, content) = (
-            self.records.get(id).unwrap().bytes.form,
-            self.read_record(id),
-        );
         let Packs::To(len) = packs(content) else {
             return;
         };
         let bytes = match (form, away) {
             // Whoever touched it since the last look keeps it.
             (Form::Frame, true) if !self.records.note_idle(id, true) => return,
-            (Form::Frame, true) | (Form::Swapped, false) => {
-                Bytes::compressed(self.objects.alloc(content))
-            }
+            (Form::Frame, true) | (Form::Swapped, false) => match self.object(content) {
+                Some(object) => Bytes::compressed(object),
+                None => return,
+            },
             (Form::Compressed, true) => match self.stage(content, len.into()) {
                 Some(place) => Bytes::swapped(place.payload()),
                 None => return,
             },
-            (Form::Compressed, false) => return self.unpack_record(id),
+            (Form::Compressed, false) => {
+                self.unpack_record(id);
+                return;
+            }
             (Form::Frame, false) | (Form::Swapped, true) => return,
             (Form::Free, _) => unreachable!("a record in use"),
         };
@@ -552,19 +804,20 @@ impl Machine {
     }
 
     fn maintain(&mut self) {
-        while self.records.wants_page() {
+        while self.records.wants_page() && !self.refusals.refuses(Kind::Index) {
             self.records.store_mut().0.push(Box::default());
         }
         while self.catalog.wants_growth() {
             if self.catalog.wants_page() {
-                if self.catalog.bytes() / 4096 >= self.catalog_pages as u64 {
+                let is_full = self.catalog.bytes() / 4096 >= self.catalog_pages as u64;
+                if is_full || self.refusals.refuses(Kind::Index) {
                     return;
                 }
                 self.catalog.store_mut().0.push(Box::default());
             }
             let (slots, labels) = (&self.slots, &self.labels);
             let grown = self.catalog.grow_step(&mut |entry| match entry {
-                Entry::Stable(id) => labels.get(&id).map(|&hash| hash as u16),
+                Entry::Stable(id) => labels.get(&id).map(|&(hash, _)| hash as u16),
                 hint => hints::bits_of_entry(slots, hint),
             });
             assert!(grown, "a step with a page for it was not taken");
@@ -603,6 +856,9 @@ impl Machine {
 
     /// One look of the scanner.
     fn scan(&mut self, page: usize) {
+        if self.scope_of(page) == Scope::NONE {
+            return;
+        }
         self.maintain();
         match self.slots.get(page).state() {
             State::Private => self.scan_private(page),
@@ -615,7 +871,7 @@ impl Machine {
     fn scan_private(&mut self, page: usize) {
         let slot = self.slots.get(page);
         let content = self.read(page);
-        let hash = self.hash(content);
+        let hash = self.hash(content, self.scope_of(page));
         if slot.is_stable() {
             assert_eq!(slot.tag(), hash as u16, "a stable page has changed");
             return;
@@ -635,8 +891,12 @@ impl Machine {
             self.note(page, looked);
         } else if content == 0 {
             self.set(page, Slot::ZERO);
-        } else if !self.merge(page, content, hash) {
-            self.settle(page, looked.with_stable(true), hash);
+        } else {
+            match self.merge(page, content, hash) {
+                Merge::Done => {}
+                Merge::NotNow => self.note(page, looked),
+                Merge::Unique => self.settle(page, looked.with_stable(true), hash),
+            }
         }
     }
 
@@ -649,17 +909,38 @@ impl Machine {
         }
         let content = self.read(page);
         if shared.sharers == 1 {
-            let own = self.frames.alloc(content);
-            return self.set(page, Slot::private(own).with_backoff(slot.backoff()));
+            if let Some(own) = self.frame(content) {
+                self.set(page, Slot::private(own).with_backoff(slot.backoff()));
+            }
+            return;
         }
-        let hash = self.labels[&slot.record()];
+        let (hash, scope) = self.labels[&slot.record()];
+        assert_eq!(scope, self.scope_of(page));
+        self.enter_again(slot.record(), hash);
         let older = self.catalog.lookup(hash).find_map(|entry| match entry {
-            Entry::Stable(id) if id < slot.record() && self.read_record(id) == content => Some(id),
+            Entry::Stable(id) if id >= slot.record() || self.labels[&id].1 != scope => None,
+            Entry::Stable(id) if self.records.get(id).unwrap().bytes.form != Form::Frame => None,
+            Entry::Stable(id) if self.read_record(id) == content => Some(id),
             _ => None,
         });
         let joined = older.filter(|&id| self.records.add_sharer(id, self.max_sharers).is_ok());
         if let Some(id) = joined {
             self.set(page, Slot::shared(id).with_backoff(slot.backoff()));
+        }
+    }
+
+    /// A record that got no entry gets one if there is a place now.
+    fn enter_again(&mut self, id: u32, hash: u64) {
+        if self.unlisted.remove(&id) {
+            self.enter(id, hash);
+        }
+    }
+
+    fn enter(&mut self, id: u32, hash: u64) {
+        match self.catalog.insert_stable(hash, id) {
+            StableOutcome::Placed => {}
+            StableOutcome::Evicted(owner) => self.forget(owner),
+            StableOutcome::Refused => assert!(self.unlisted.insert(id)),
         }
     }
 
@@ -669,7 +950,7 @@ impl Machine {
             return;
         };
         let content = self.read(page);
-        let hash = self.hash(content);
+        let hash = self.hash(content, self.scope_of(page));
         if word.is_stable() && word.class() != PartClass::Zero {
             assert!(word.has_hash(hash), "a stable part has changed");
         }
@@ -687,9 +968,14 @@ impl Machine {
     }
 
     fn has_equal(&self, page: usize, hash: u64) -> bool {
+        let scope = self.scope_of(page);
         self.catalog.lookup(hash).any(|entry| match entry {
-            Entry::Stable(id) => (self.labels[&id] ^ hash) & HugeWord::HASH_MASK == 0,
+            Entry::Stable(id) => {
+                let (label, published) = self.labels[&id];
+                published == scope && (label ^ hash) & HugeWord::HASH_MASK == 0
+            }
             Entry::Hint(other) if other as usize == page => false,
+            Entry::Hint(other) if self.scope_of(other as usize) != scope => false,
             Entry::Hint(other) => {
                 let slot = self.slots.peek(other).unwrap_or(Slot::EMPTY);
                 match HugeWord::from_slot(slot) {
@@ -704,16 +990,25 @@ impl Machine {
         })
     }
 
-    fn merge(&mut self, page: usize, content: u64, hash: u64) -> bool {
+    fn merge(&mut self, page: usize, content: u64, hash: u64) -> Merge {
+        let scope = self.scope_of(page);
+        let mut nothing = Merge::Unique;
         let candidates: Vec<Entry> = self.catalog.lookup(hash).collect();
         for candidate in candidates {
             match candidate {
+                // The hash of another scope's page may be the same by chance.
+                Entry::Stable(id) if self.labels[&id].1 != scope => {}
                 // Never the hash alone.
                 Entry::Stable(id) => {
-                    let equal = self.read_record(id) == content;
+                    let is_packed = self.records.get(id).unwrap().bytes.form != Form::Frame;
+                    if is_packed && self.refusals.refuses(Kind::Frame) {
+                        nothing = Merge::NotNow;
+                        continue;
+                    }
+                    let equal = self.load_record(id) == Some(content);
                     if equal && self.records.add_sharer(id, self.max_sharers).is_ok() {
                         self.set(page, Slot::shared(id));
-                        return true;
+                        return Merge::Done;
                     }
                 }
                 Entry::Hint(other) if other as usize == page => {}
@@ -724,80 +1019,179 @@ impl Machine {
                         continue;
                     }
                     let at = other as usize;
-                    if self.pinned.contains(&at) || self.read(at) != content {
+                    if self.scope_of(at) != scope {
                         continue;
                     }
-                    self.publish(hash, content, page, at);
-                    return true;
+                    if self.pinned.contains(&at) || self.records.wants_page() {
+                        nothing = Merge::NotNow;
+                        continue;
+                    }
+                    if self.read(at) != content {
+                        continue;
+                    }
+                    if self.publish(hash, content, page, at) {
+                        return Merge::Done;
+                    }
+                    nothing = Merge::NotNow;
                 }
             }
         }
-        false
+        nothing
     }
 
-    /// Makes a shared frame of two pages, in place of the hint of the second.
-    fn publish(&mut self, hash: u64, content: u64, page: usize, hinted: usize) {
-        let fresh = self.frames.alloc(content);
+    /// Makes a shared frame of two pages, in place of the hint of the second. False without memory.
+    fn publish(&mut self, hash: u64, content: u64, page: usize, hinted: usize) -> bool {
+        let Some(fresh) = self.frame(content) else {
+            return false;
+        };
         let id = self.records.alloc(fresh, 2).unwrap();
-        assert_eq!(self.labels.insert(id, hash), None);
+        let label = (hash, self.scope_of(page));
+        assert_eq!(self.labels.insert(id, label), None);
         if !self.catalog.promote(hash, hinted as u32, id) {
-            match self.catalog.insert_stable(hash, id) {
-                StableOutcome::Placed => {}
-                StableOutcome::Evicted(owner) => self.forget(owner),
-                StableOutcome::Refused => assert!(self.unlisted.insert(id)),
-            }
+            self.enter(id, hash);
         }
         for page in [page, hinted] {
             self.set(page, Slot::shared(id));
         }
+        true
     }
 
     fn scan_all(&mut self) {
-        (0..self.len()).for_each(|page| self.scan(page));
+        self.pages().for_each(|page| self.scan(page));
         self.catalog.end_pass();
         self.pass += 1;
     }
 
-    /// Breaks every share, as `run` 2 does.
-    fn unshare(&mut self) {
-        for page in 0..self.len() {
-            if self.slots.get(page).state() == State::Shared {
-                let own = self.frames.alloc(self.read(page));
-                self.set(page, Slot::private(own));
+    /// The scope that a VM will have.
+    fn scope_after(&self, change: Change, vm: usize) -> Scope {
+        let Vm { domain, shares, .. } = self.vms[vm];
+        let of = |scope, shares, domain| Scope::of(scope, shares, vm as u32, domain);
+        match change {
+            Change::ShareScope(scope) => of(scope, shares, domain),
+            Change::Domain(moved, domain) if moved == vm => of(self.share_scope, shares, domain),
+            Change::Share(changed, shares) if changed == vm => of(self.share_scope, shares, domain),
+            Change::Unshare => Scope::NONE,
+            _ => self.vms[vm].scope,
+        }
+    }
+
+    /// Carries a change out, or changes no slot and no setting and says so.
+    fn regroup(&mut self, change: Change) -> bool {
+        let shared: Vec<(usize, u32)> = self
+            .pages()
+            .map(|page| (page, self.slots.get(page)))
+            .filter(|(_, slot)| slot.state() == State::Shared)
+            .map(|(page, slot)| (page, slot.record()))
+            .collect();
+        let after: Vec<Scope> = (0..self.vms.len())
+            .map(|vm| self.scope_after(change, vm))
+            .collect();
+        let mut groups: HashMap<u32, Group> = HashMap::new();
+        for &(page, id) in &shared {
+            let group = groups.entry(id).or_insert(Group::Unseen);
+            *group = group.with(after[self.vm_of(page)]);
+        }
+        // What is compressed and moves has another hash there, and another pool.
+        for (&id, group) in &groups {
+            if group.moves_from(self.labels[&id].1).is_some() && !self.unpack_record(id) {
+                return false;
             }
         }
+        let mut broken: Vec<(usize, u64)> = Vec::new();
+        for &(page, id) in &shared {
+            let published = Some(self.labels[&id].1);
+            if groups[&id].breaks(after[self.vm_of(page)], published) {
+                let content = self.load_record(id);
+                let Some(own) = content.and_then(|content| self.frame(content)) else {
+                    broken
+                        .into_iter()
+                        .for_each(|(_, own)| self.frames.free(own));
+                    return false;
+                };
+                broken.push((page, own));
+            }
+        }
+        for (page, own) in broken {
+            self.set(page, Slot::private(own));
+        }
+        match change {
+            Change::ShareScope(scope) => self.share_scope = scope,
+            Change::Domain(vm, domain) => self.vms[vm].domain = domain,
+            Change::Share(vm, shares) => self.vms[vm].shares = shares,
+            Change::Unshare => return true,
+        }
+        self.rename(&groups);
+        for (vm, scope) in after.into_iter().enumerate() {
+            let is_other = core::mem::replace(&mut self.vms[vm].scope, scope) != scope;
+            self.pages_of_vm(vm)
+                .for_each(|page| self.forget_look(page, is_other));
+        }
+        true
+    }
+
+    /// Records whose sharers moved together are found under the new scope from here on.
+    fn rename(&mut self, groups: &HashMap<u32, Group>) {
         self.catalog.clear_hints();
-        (0..self.len()).for_each(|page| self.forget(page as u32));
+        for id in self.live_records() {
+            let (old, published) = self.labels[&id];
+            let group = groups.get(&id).copied().unwrap_or(Group::Unseen);
+            if let Some(scope) = group.moves_from(published) {
+                let listed = !self.unlisted.remove(&id);
+                assert_eq!(self.catalog.remove(old, Entry::Stable(id)), listed);
+                let hash = self.hash(self.read_record(id), scope);
+                self.labels.insert(id, (hash, scope));
+                self.enter(id, hash);
+            }
+        }
+    }
+
+    /// The hint is gone; what was noted of the page is void as well where its hash is `other`.
+    fn forget_look(&self, page: usize, other: bool) {
+        self.forget(page as u32);
+        let slot = self.slots.get(page);
+        match (other, HugeWord::from_slot(slot), slot.state()) {
+            (true, Some(word), _) => self.note(page, word.forgotten().slot()),
+            (true, None, State::Private) => {
+                self.note(page, slot.looked_at(Class::Unchecked, 0));
+            }
+            _ => {}
+        }
     }
 
     /// All books agree, and every page reads as `model` says.
     fn check(&self, model: &[u64]) {
-        assert_eq!(self.len(), model.len());
-        let mut counts = Counts::new();
+        let mut counts = vec![Counts::new(); self.vms.len()];
         let mut sharers: HashMap<u32, u32> = HashMap::new();
         let mut owned = Owned::default();
-        for (page, &content) in model.iter().enumerate() {
+        for page in self.pages() {
+            let content = model[page];
             let slot = self.slots.get(page);
             assert_eq!(self.read(page), content, "page {page}");
-            counts.pages[Self::count(slot) as usize] += 1;
+            counts[self.vm_of(page)].pages[Self::count(slot) as usize] += 1;
             match slot.state() {
                 State::Empty | State::Zero | State::Filled => {}
                 State::Private => owned.add(Form::Frame, slot.payload()),
-                State::Shared => *sharers.entry(slot.record()).or_default() += 1,
+                State::Shared => {
+                    *sharers.entry(slot.record()).or_default() += 1;
+                    assert_eq!(self.labels[&slot.record()].1, self.scope_of(page));
+                }
                 State::Huge => assert!(self.is_folio(page)),
                 State::Compressed => owned.add(Form::Compressed, slot.object_address() / 8),
                 State::Swapped => owned.add(Form::Swapped, slot.place().payload()),
             }
             self.check_hint(page, slot, content);
         }
-        assert_eq!(counts, self.counts);
-        assert_eq!(counts.total(), model.len() as u64);
+        for (vm, counts) in self.vms.iter().zip(&counts) {
+            assert_eq!(*counts, vm.counts);
+            assert_eq!(counts.total(), vm.len as u64);
+        }
         for (&id, &of) in &sharers {
             let shared = self.records.get(id).unwrap();
             assert_eq!(shared.sharers, of);
             owned.add(shared.bytes.form, shared.bytes.payload);
-            let hash = self.labels[&id];
-            assert_eq!(hash, self.hash(self.read_record(id)));
+            let (hash, scope) = self.labels[&id];
+            assert_ne!(scope, Scope::NONE);
+            assert_eq!(hash, self.hash(self.read_record(id), scope));
             let listed = self
                 .catalog
                 .lookup(hash)
@@ -832,7 +1226,8 @@ impl Machine {
         };
         if relies {
             let own = Entry::Hint(page as u32);
-            let hinted = (self.catalog.lookup(self.hash(content))).any(|entry| entry == own);
+            let hash = self.hash(content, self.scope_of(page));
+            let hinted = self.catalog.lookup(hash).any(|entry| entry == own);
             assert!(hinted, "page {page} is stable, and has no hint");
         }
     }
@@ -846,26 +1241,47 @@ impl Machine {
         assert_eq!(self.records.compressed(), in_form(Form::Compressed));
         assert_eq!(self.records.swapped(), in_form(Form::Swapped));
         assert_eq!(self.labels.len(), sharers.len());
-        let shared = self.counts.get(counts::Class::Shared);
+        let of_vm = |vm: &Vm| vm.counts.get(counts::Class::Shared);
+        let shared: u64 = self.vms.iter().map(of_vm).sum();
         assert_eq!(self.records.sharers(), shared);
         assert_eq!(self.records.pages_sharing(), shared - sharers.len() as u64);
         let listed = self.labels.len() - self.unlisted.len();
         assert_eq!(self.catalog.stable_entries(), listed as u64);
     }
 
-    /// Frames that equal contents could do without.
+    /// Frames that equal contents within one border could do without.
     fn unmerged(&self) -> usize {
-        let contents: HashSet<u64> = self.frames.content.values().copied().collect();
-        self.frames.content.len() - contents.len()
+        let (mut frames, mut contents) = (HashSet::new(), HashSet::new());
+        for page in self.pages() {
+            let (slot, scope) = (self.slots.get(page), self.scope_of(page));
+            let owned = match slot.state() {
+                State::Private => slot.payload(),
+                State::Shared => self.records.get(slot.record()).unwrap().bytes.payload,
+                _ => continue,
+            };
+            if scope != Scope::NONE {
+                frames.insert(owned);
+                contents.insert((scope, self.read(page)));
+            }
+        }
+        frames.len() - contents.len()
+    }
+
+    fn words(&self) -> Vec<Slot> {
+        self.slots.0.iter().map(SlotCell::peek).collect()
     }
 
     fn states(&self) -> Vec<State> {
-        self.slots
-            .0
-            .iter()
-            .map(|cell| cell.peek().state())
-            .collect()
+        self.words().into_iter().map(Slot::state).collect()
     }
+}
+
+/// What became of an attempt to merge.
+enum Merge {
+    Done,
+    /// There may be an equal page, but not now.
+    NotNow,
+    Unique,
 }
 
 /// Whether the slot's page left a hint that can be of this hash.
@@ -917,9 +1333,25 @@ enum Op {
         page: usize,
         pages: usize,
     },
-    Resize {
-        pages: usize,
+    /// From a quarter of a page to another.
+    Hole {
+        page: usize,
+        quarter: usize,
+        quarters: usize,
     },
+    Resize {
+        vm: usize,
+        quarters: usize,
+    },
+    Regroup {
+        change: Change,
+    },
+    Refuse {
+        kind: Kind,
+        after: u32,
+        often: bool,
+    },
+    RefuseNothing,
     Pin {
         page: usize,
     },
@@ -935,7 +1367,6 @@ enum Op {
     MaxSharers {
         max: u32,
     },
-    Unshare,
     BecomeHuge {
         region: usize,
     },
@@ -967,7 +1398,9 @@ enum Op {
     },
 }
 
-const REGIONS: usize = 3;
+/// Room for pages, and domains.
+const VMS: [(usize, u32); 3] = [(2 * REGION, 0), (REGION, 0), (REGION, 1)];
+const REGIONS: usize = 4;
 const PAGES: usize = REGIONS * REGION;
 
 fn op() -> impl Strategy<Value = Op> {
@@ -991,8 +1424,11 @@ fn op() -> impl Strategy<Value = Op> {
         6 => (page(), page(), few()).prop_map(|(from, to, pages)| Op::Copy { from, to, pages }),
         3 => range().prop_map(|(page, pages)| Op::Touch { page, pages }),
         3 => range().prop_map(|(page, pages)| Op::Punch { page, pages }),
-        1 => (1..=PAGES).prop_map(|pages| Op::Resize { pages }),
-        1 => Just(Op::Resize { pages: PAGES }),
+        3 => (page(), 0usize..4, 1usize..1600)
+            .prop_map(|(page, quarter, quarters)| Op::Hole { page, quarter, quarters }),
+        1 => (0..VMS.len(), 1..=4 * 2 * REGION)
+            .prop_map(|(vm, quarters)| Op::Resize { vm, quarters }),
+        1 => (0..VMS.len()).prop_map(|vm| Op::Resize { vm, quarters: 4 * VMS[vm].0 }),
         2 => page().prop_map(|page| Op::Pin { page }),
         1 => region().prop_map(|region| Op::Hold { region }),
         1 => Just(Op::UnpinAll),
@@ -1001,7 +1437,6 @@ fn op() -> impl Strategy<Value = Op> {
         4 => range().prop_map(|(page, pages)| Op::Scan { page, pages }),
         6 => Just(Op::ScanAll),
         1 => (2u32..9).prop_map(|max| Op::MaxSharers { max }),
-        1 => Just(Op::Unshare),
         3 => region().prop_map(|region| Op::BecomeHuge { region }),
         3 => region().prop_map(|region| Op::Split { region }),
         3 => region().prop_map(|region| Op::Collapse { region }),
@@ -1013,23 +1448,84 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(nth, away)| Op::MoveRecord { nth, away }),
         4 => prop::bool::weighted(0.75).prop_map(|away| Op::MoveAll { away }),
     ];
-    prop_oneof![memory, module]
+    let scope = prop::sample::select(
+        &[
+            ShareScope::Vm,
+            ShareScope::Domain,
+            ShareScope::Host,
+            ShareScope::Host,
+        ][..],
+    );
+    let change = prop_oneof![
+        2 => scope.prop_map(Change::ShareScope),
+        3 => (0..VMS.len(), 0u32..2).prop_map(|(vm, domain)| Change::Domain(vm, domain)),
+        1 => (0..VMS.len(), prop::bool::weighted(0.7)).prop_map(|(vm, on)| Change::Share(vm, on)),
+        1 => Just(Change::Unshare),
+    ];
+    // The index asks for memory while it grows, and never again.
+    let kind = prop_oneof![
+        5 => prop::sample::select(&Kind::ALL[..]),
+        2 => Just(Kind::Index),
+    ];
+    let refused = (
+        kind,
+        prop_oneof![2 => 0u32..2, 1 => 2u32..80],
+        prop::bool::weighted(0.3),
+    );
+    let host = prop_oneof![
+        3 => change.prop_map(|change| Op::Regroup { change }),
+        6 => refused.prop_map(|(kind, after, often)| Op::Refuse { kind, after, often }),
+        1 => Just(Op::RefuseNothing),
+    ];
+    prop_oneof![5 => memory, 5 => module, 2 => host]
 }
 
-/// What the VM's pages should read as.
-struct Model(Vec<u64>);
+/// What the VMs' pages should read as, and who may share with whom.
+struct Model {
+    pages: Vec<u64>,
+    share_scope: ShareScope,
+    /// Domain and `share` of each VM.
+    vms: Vec<(u32, bool)>,
+}
 
 impl Model {
+    fn new() -> Self {
+        Model {
+            pages: vec![0; PAGES],
+            share_scope: ShareScope::Domain,
+            vms: VMS.iter().map(|&(_, domain)| (domain, true)).collect(),
+        }
+    }
+
+    /// Whether pages of two VMs, or of one, may be one.
+    fn may_share(&self, a: usize, b: usize) -> bool {
+        let ((a_domain, a_shares), (b_domain, b_shares)) = (self.vms[a], self.vms[b]);
+        let within = match self.share_scope {
+            ShareScope::Vm => a == b,
+            ShareScope::Domain => a_domain == b_domain,
+            ShareScope::Host => true,
+        };
+        a_shares && b_shares && within
+    }
+
     /// Does `op` on both.
     fn step(&mut self, machine: &mut Machine, op: &Op) {
-        let model = &mut self.0;
-        let len = model.len();
-        let range = |page: usize, pages: usize| page.min(len)..(page + pages).min(len);
+        let model = &mut self.pages;
+        // As far as the page's VM goes.
+        let ends: Vec<usize> = (0..PAGES)
+            .step_by(REGION)
+            .map(|page| machine.pages_of_vm(machine.vm_of(page)).end)
+            .collect();
+        let range = |page: usize, pages: usize| {
+            let end = ends[page / REGION];
+            page.min(end)..(page + pages).min(end)
+        };
         match *op {
             Op::Write { page, content } => {
                 for page in range(page, 1) {
-                    machine.write(page, content);
-                    model[page] = content;
+                    if machine.write(page, content) {
+                        model[page] = content;
+                    }
                 }
             }
             Op::WriteRange {
@@ -1044,25 +1540,70 @@ impl Model {
                         _ if content < 8 => content + page as u64 % 97,
                         _ => content + page as u64,
                     };
-                    machine.write(page, content);
-                    model[page] = content;
+                    if machine.write(page, content) {
+                        model[page] = content;
+                    }
                 }
             }
             Op::Copy { from, to, pages } => {
                 for (from, to) in range(from, pages).zip(range(to, pages)) {
-                    machine.write(to, machine.read(from));
-                    model[to] = model[from];
+                    if machine.write(to, model[from]) {
+                        model[to] = model[from];
+                    }
                 }
             }
-            Op::Touch { page, pages } => range(page, pages).for_each(|page| machine.fault(page)),
+            Op::Touch { page, pages } => range(page, pages).for_each(|page| {
+                machine.fault(page);
+            }),
             Op::Punch { page, pages } => {
                 machine.punch(range(page, pages), false);
                 model[range(page, pages)].fill(0);
             }
-            Op::Resize { pages } => {
-                machine.resize(pages);
-                model.resize(pages, 0);
+            Op::Hole {
+                page: start,
+                quarter,
+                quarters,
+            } => {
+                let end = quarter + quarters;
+                for page in range(start, end.div_ceil(4)) {
+                    let at = |quarters: usize| quarters.saturating_sub(4 * (page - start));
+                    let left = !quarters_from(at(quarter)) | quarters_from(at(end));
+                    if left == 0 {
+                        machine.punch(page..page + 1, false);
+                        model[page] = 0;
+                    } else if machine.cut(page, left) {
+                        model[page] &= left;
+                    }
+                }
             }
+            Op::Resize { vm, quarters } => {
+                let quarters = quarters.min(4 * VMS[vm].0);
+                let pages = quarters.div_ceil(4);
+                let last = machine.pages_of_vm(vm).start + pages - 1;
+                let left = !quarters_from(quarters - 4 * (pages - 1));
+                let old = machine.pages_of_vm(vm).end;
+                machine.resize(vm, pages);
+                model[(last + 1).min(old)..old].fill(0);
+                if last < old && machine.cut(last, left) {
+                    model[last] &= left;
+                }
+            }
+            Op::Regroup { change } => {
+                let before = machine.states();
+                if machine.regroup(change) {
+                    match change {
+                        Change::ShareScope(scope) => self.share_scope = scope,
+                        Change::Domain(vm, domain) => self.vms[vm].0 = domain,
+                        Change::Share(vm, shares) => self.vms[vm].1 = shares,
+                        Change::Unshare => assert!(!machine.states().contains(&State::Shared)),
+                    }
+                } else {
+                    machine.turned_down += 1;
+                    assert_eq!(machine.states(), before, "a change that was refused");
+                }
+            }
+            Op::Refuse { kind, after, often } => machine.refusals.arm(kind, after, often),
+            Op::RefuseNothing => machine.refusals.disarm(),
             Op::Pin { page } => {
                 let state = range(page, 1)
                     .next()
@@ -1087,7 +1628,6 @@ impl Model {
             Op::Scan { page, pages } => range(page, pages).for_each(|page| machine.scan(page)),
             Op::ScanAll => machine.scan_all(),
             Op::MaxSharers { max } => machine.max_sharers = max,
-            Op::Unshare => machine.unshare(),
             Op::BecomeHuge { region } => machine.become_huge(region),
             Op::Split { region } => machine.split(region),
             Op::Collapse { region } => machine.collapse(region),
@@ -1099,9 +1639,16 @@ impl Model {
                 range(page, pages).for_each(|page| machine.put_back(page));
             }
             Op::WriteOut => machine.write_out(),
-            Op::MoveRecord { nth, away } => machine.move_record(nth, away),
+            Op::MoveRecord { nth, away } => {
+                let live = machine.live_records();
+                if let Some(&id) = live.get(nth % live.len().max(1)) {
+                    machine.move_record(id, away);
+                }
+            }
             Op::MoveAll { away } => {
-                (0..machine.labels.len()).for_each(|nth| machine.move_record(nth, away));
+                let live = machine.live_records();
+                live.into_iter()
+                    .for_each(|id| machine.move_record(id, away));
             }
         }
     }
@@ -1118,14 +1665,18 @@ impl Model {
             Op::Touch { .. } => {
                 packed && after == Private || matches!((before, after), (Empty, Huge))
             }
-            Op::Punch { .. } | Op::Resize { .. } => after == Empty,
+            Op::Punch { .. } => after == Empty,
+            Op::Hole { .. } | Op::Resize { .. } => {
+                let edge = packed || before == Shared;
+                after == Empty || edge && after == Private
+            }
             Op::Scan { .. } | Op::ScanAll => match (before, after) {
                 (Private, Zero) => content == 0,
                 (Private, Shared) => content != 0,
                 (Shared, Private) => true,
                 _ => false,
             },
-            Op::Unshare => (before, after) == (Shared, Private),
+            Op::Regroup { .. } => (before, after) == (Shared, Private),
             Op::BecomeHuge { .. } => (before, after) == (Empty, Huge),
             Op::Split { .. } => match (before, after) {
                 (Huge, Empty | Zero) => content == 0,
@@ -1143,29 +1694,61 @@ impl Model {
             Op::PutBack { .. } => matches!((before, after), (Swapped, Compressed | Private)),
             // These do nothing to a slot: what a record's page is made of is the record's affair.
             Op::Pin { .. } | Op::Hold { .. } | Op::UnpinAll | Op::MaxSharers { .. } => false,
-            Op::WriteOut | Op::MoveRecord { .. } | Op::MoveAll { .. } => false,
+            Op::WriteOut => matches!((before, after), (Swapped, Compressed | Private)),
+            Op::Refuse { .. } | Op::RefuseNothing => false,
+            Op::MoveRecord { .. } | Op::MoveAll { .. } => false,
         }
     }
 
-    /// The states that `op` took the pages to are those that it may.
-    fn check(&self, op: &Op, before: &[State], after: &[State]) {
-        for (page, (&before, &after)) in before.iter().zip(after).enumerate() {
-            let content = self.0[page];
+    /// The states that `op` took the pages to are those that it may; who shares may.
+    fn check(&self, machine: &Machine, op: &Op, before: &[Slot]) {
+        let mut sharers: HashMap<u32, HashSet<usize>> = HashMap::new();
+        for page in machine.pages() {
+            let slot = machine.slots.get(page);
+            let (content, vm) = (self.pages[page], machine.vm_of(page));
+            let (was, is) = (before[page].state(), slot.state());
             assert!(
-                Self::allows(op, before, after, content),
-                "{op:?} took page {page} from {before:?} to {after:?}"
+                Self::allows(op, was, is, content),
+                "{op:?} took page {page} from {was:?} to {is:?}"
             );
-            if before != State::Shared && after == State::Shared {
-                let other = |(other, &equal): (usize, &u64)| other != page && equal == content;
-                assert!(
-                    self.0.iter().enumerate().any(other),
-                    "page {page} shares with nobody"
-                );
+            if is == State::Shared {
+                sharers.entry(slot.record()).or_default().insert(vm);
+            }
+            if was != State::Shared && is == State::Shared {
+                let other = |other: usize| {
+                    let equal = other != page && self.pages[other] == content;
+                    equal && self.may_share(vm, machine.vm_of(other))
+                };
+                assert!(machine.pages().any(other), "page {page} shares with nobody");
             }
         }
-        // What came is untouched.
-        let came = after.get(before.len()..).unwrap_or(&[]);
-        assert!(came.iter().all(|&state| state == State::Empty));
+        for (id, vms) in &sharers {
+            let apart = |a: &usize| vms.iter().any(|b| !self.may_share(*a, *b));
+            assert!(!vms.iter().any(apart), "{vms:?} share record {id}");
+        }
+        if let Op::Regroup { change } = *op {
+            self.check_broken(machine, change, before);
+        }
+    }
+
+    /// No share was broken that could stay.
+    fn check_broken(&self, machine: &Machine, change: Change, before: &[Slot]) {
+        let mut sharers: HashMap<u32, HashSet<usize>> = HashMap::new();
+        let shared = |page: usize| before[page].state() == State::Shared;
+        for page in machine.pages().filter(|page| shared(*page)) {
+            let of = sharers.entry(before[page].record()).or_default();
+            of.insert(machine.vm_of(page));
+        }
+        for page in machine.pages().filter(|page| shared(*page)) {
+            let broken = machine.slots.get(page).state() != State::Shared;
+            let (vm, with) = (machine.vm_of(page), &sharers[&before[page].record()]);
+            let has_to = with.iter().any(|other| !self.may_share(vm, *other));
+            let all = matches!(change, Change::Unshare);
+            assert!(
+                !broken || all || has_to,
+                "{change:?} broke the share of page {page}"
+            );
+        }
     }
 }
 
@@ -1178,35 +1761,46 @@ proptest! {
         hash_mask in prop_oneof![4 => Just(u64::MAX), 1 => Just(0xff_00ff), 1 => Just(0)],
         catalog_pages in 1usize..8,
     ) {
-        let mut machine = Machine::new(hash_mask, catalog_pages);
-        machine.resize(PAGES);
-        let mut model = Model(vec![0u64; PAGES]);
+        let mut machine = machine(hash_mask, catalog_pages);
+        let mut model = Model::new();
         for op in &ops {
-            let before = machine.states();
+            let before = machine.words();
             model.step(&mut machine, op);
-            machine.check(&model.0);
-            model.check(op, &before, &machine.states());
+            machine.check(&model.pages);
+            model.check(&machine, op, &before);
         }
-        // Left alone, with room and honest hashes, all that is equal comes together.
+        // Left alone, with room and honest hashes, all that is equal comes together within its border.
+        machine.refusals.disarm();
         machine.pinned.clear();
         machine.held.clear();
         machine.max_sharers = 1 << 20;
         machine.catalog_pages = 64;
         (0..REGIONS).for_each(|region| machine.split(region));
-        (0..machine.len()).for_each(|page| machine.fault(page));
-        machine.unshare();
+        machine.pages().for_each(|page| assert!(machine.fault(page)));
+        prop_assert!(machine.regroup(Change::Unshare));
+        // As in one of 64 passes: what has not changed may have got an equal that was stable as well.
+        machine.pages().for_each(|page| machine.forget(page as u32));
         (0..20).for_each(|_| machine.scan_all());
-        machine.check(&model.0);
+        machine.check(&model.pages);
         if hash_mask == u64::MAX && machine.unlisted.is_empty() {
             prop_assert_eq!(machine.unmerged(), 0);
         }
         // And nothing is left of it in the end.
-        machine.resize(0);
+        (0..VMS.len()).for_each(|vm| machine.resize(vm, 0));
         machine.check(&[]);
         machine.write_out();
         let filling = u32::from(machine.filling.is_some());
         prop_assert_eq!(machine.clusters.free() + filling, CLUSTERS);
     }
+}
+
+/// All VMs, in full length.
+fn machine(hash_mask: u64, catalog_pages: usize) -> Machine {
+    let mut machine = Machine::new(hash_mask, catalog_pages, &VMS);
+    for (vm, (pages, _)) in VMS.into_iter().enumerate() {
+        machine.resize(vm, pages);
+    }
+    machine
 }
 
 /// The operations are such that every state is come by, and every way between two.
@@ -1217,10 +1811,12 @@ fn the_operations_reach_every_state() {
     let ops = prop::collection::vec(op(), 400..401);
     let mut ways = HashSet::new();
     let mut forms = HashSet::new();
-    for _ in 0..8 {
-        let mut machine = Machine::new(u64::MAX, 4);
-        machine.resize(PAGES);
-        let mut model = Model(vec![0u64; PAGES]);
+    let mut refused = HashSet::new();
+    // VMs of one record, changes that broke shares, and those that were refused.
+    let (mut across, mut broken, mut turned_down) = (HashSet::new(), 0, 0);
+    for _ in 0..16 {
+        let mut machine = machine(u64::MAX, 8);
+        let mut model = Model::new();
         for op in ops.new_tree(&mut runner).unwrap().current() {
             let before = machine.states();
             model.step(&mut machine, &op);
@@ -1229,11 +1825,39 @@ fn the_operations_reach_every_state() {
                 .iter()
                 .zip(&after)
                 .filter(|(before, after)| before != after);
+            if let Op::Regroup { .. } = op {
+                broken += usize::from(pairs.clone().count() > 0);
+            }
             ways.extend(pairs.map(|(before, after)| format!("{before:?} to {after:?}")));
             let records = machine.labels.keys();
             forms.extend(records.map(|&id| machine.records.get(id).unwrap().bytes.form as u8));
+            let mut vms: HashMap<u32, HashSet<usize>> = HashMap::new();
+            for page in machine.pages() {
+                let slot = machine.slots.get(page);
+                if slot.state() == State::Shared {
+                    vms.entry(slot.record())
+                        .or_default()
+                        .insert(machine.vm_of(page));
+                }
+            }
+            across.extend(vms.values().map(HashSet::len));
         }
+        turned_down += machine.turned_down;
+        let happened = |kind: &Kind| machine.refusals.happened[*kind as usize].get() > 0;
+        refused.extend(
+            Kind::ALL
+                .into_iter()
+                .filter(happened)
+                .map(|kind| kind as u8),
+        );
     }
+    assert_eq!(across, HashSet::from([1, 2, 3]), "VMs of a record");
+    assert!(broken > 10 && turned_down > 0, "{broken} {turned_down}");
+    assert_eq!(
+        refused.len(),
+        Kind::ALL.len(),
+        "kinds that were refused: {refused:?}"
+    );
     let expected = [
         "Empty to Private",
         "Empty to Huge",
@@ -1271,8 +1895,7 @@ fn the_operations_reach_every_state() {
 
 #[test]
 fn first_merges_come_in_the_first_pass() {
-    let mut machine = Machine::new(u64::MAX, 64);
-    machine.resize(4000);
+    let mut machine = Machine::with_one_vm(u64::MAX, 64, 4000);
     for page in 0..4000 {
         machine.write(page, 1 + page as u64 % 1000);
     }
@@ -1286,9 +1909,8 @@ fn first_merges_come_in_the_first_pass() {
 
 #[test]
 fn no_pair_is_missed_for_ever_by_an_undersized_table() {
-    let mut machine = Machine::new(u64::MAX, 2);
     let (pages, pairs) = (4000, 1000);
-    machine.resize(pages);
+    let mut machine = Machine::with_one_vm(u64::MAX, 2, pages);
     // Each page of a pair half the memory away from the other, with unique pages between.
     for page in 0..pages {
         let half = page % (pages / 2);

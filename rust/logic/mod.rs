@@ -37,4 +37,6 @@ mod loom_tests;
 #[cfg(test)]
 mod machine_tests;
 #[cfg(test)]
+mod scope;
+#[cfg(test)]
 mod slot_tests;
