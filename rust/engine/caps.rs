@@ -140,8 +140,6 @@ impl Host {
 
 /// Whether the VM stays within its limit when it holds `kb` more.
 fn has_room(vm: &Vm, kb: u64) -> bool {
-    match vm.claims.limit_kb.load(Ordering::Relaxed) {
-        0 => true,
-        limit_kb => kb == 0 || vm.resident_kb().saturating_add(kb) <= limit_kb,
-    }
+    vm.limit_kb()
+        .is_none_or(|limit_kb| kb == 0 || vm.resident_kb().saturating_add(kb) <= limit_kb)
 }

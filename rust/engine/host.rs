@@ -30,6 +30,7 @@ use crate::{
         hash::{self, Seed},
         huge::HugeFrame,
         page::{Frame, PageRef, Purpose},
+        protect::{self, Protection},
         slots::{Content, Sharer, SLOTS},
     },
 };
@@ -400,9 +401,15 @@ impl Host {
     /// Rules for merging, of the moment.
     pub(crate) fn rules(&self) -> Rules {
         let max = self.knobs.max_page_sharing.load(Ordering::Relaxed);
+        let max = if protect::armed(Protection::Sharers) {
+            u32::try_from(max).unwrap_or(u32::MAX)
+        } else {
+            u32::MAX
+        };
         Rules {
-            max_sharers: u32::try_from(max).unwrap_or(u32::MAX),
-            across_nodes: self.knobs.merge_across_nodes.load(Ordering::Relaxed) != 0,
+            max_sharers: max,
+            across_nodes: self.knobs.merge_across_nodes.load(Ordering::Relaxed) != 0
+                || !protect::armed(Protection::Nodes),
         }
     }
 

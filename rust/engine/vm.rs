@@ -400,24 +400,32 @@ impl Vm {
             0 => knobs.compress_max_percent.load(Ordering::Relaxed),
             own => own,
         };
+        if !protect::armed(protect::Protection::PoolCap) {
+            return u64::MAX;
+        }
         self.snapshot().pages.total().saturating_mul(percent) / 100
+    }
+
+    /// `limit_kb`, if it has one.
+    pub(crate) fn limit_kb(&self) -> Option<u64> {
+        match self.claims.limit_kb.load(Ordering::Relaxed) {
+            0 => None,
+            _ if !protect::armed(protect::Protection::Limit) => None,
+            limit_kb => Some(limit_kb),
+        }
     }
 
     /// Whether it holds more than `limit_kb`.
     pub(crate) fn is_over_limit(&self) -> bool {
-        match self.claims.limit_kb.load(Ordering::Relaxed) {
-            0 => false,
-            limit_kb => self.resident_kb() > limit_kb,
-        }
+        self.limit_kb()
+            .is_some_and(|limit_kb| self.resident_kb() > limit_kb)
     }
 
     /// KiB above which the reclaimer begins to keep it below its limit, and KiB at which it ends:
     /// who takes memory should not have to wait each time. `None` without a limit.
     pub(crate) fn limit_marks_kb(&self) -> Option<(u64, u64)> {
-        match self.claims.limit_kb.load(Ordering::Relaxed) {
-            0 => None,
-            limit_kb => Some((limit_kb - limit_kb / 64, limit_kb - limit_kb / 16)),
-        }
+        self.limit_kb()
+            .map(|limit_kb| (limit_kb - limit_kb / 64, limit_kb - limit_kb / 16))
     }
 
     /// Whether it may take `kb` more and stay well below its limit.

@@ -61,13 +61,21 @@ pub(crate) enum Protection {
     SplitReserve,
     /// Have a number for each region of 8 TiB. Without it there are few, and tests see them run out.
     RegionNumbers,
+    /// Keep a shared page to as many sharers as `max_page_sharing` says.
+    Sharers,
+    /// Keep pages of different nodes apart where `merge_across_nodes` says so.
+    Nodes,
+    /// Keep a VM to its `limit_kb`.
+    Limit,
+    /// Keep a VM's compressed pages to what `compress_max_percent` leaves them.
+    PoolCap,
     /// Let a page have a billion references. Without it there are few, and tests see what comes then.
     References,
 }
 
 #[cfg(thinram_debug)]
 /// All of them, with the names of their switches in debugfs.
-pub(crate) const ALL: [(Protection, &kernel::str::CStr); 27] = [
+pub(crate) const ALL: [(Protection, &kernel::str::CStr); 31] = [
     (Protection::Zap, c"break_zap"),
     (Protection::Freeze, c"break_freeze"),
     (Protection::Compare, c"break_compare"),
@@ -94,6 +102,10 @@ pub(crate) const ALL: [(Protection, &kernel::str::CStr); 27] = [
     (Protection::IndexGrowth, c"break_index_growth"),
     (Protection::SplitReserve, c"break_split_reserve"),
     (Protection::RegionNumbers, c"break_region_numbers"),
+    (Protection::Sharers, c"break_sharers"),
+    (Protection::Nodes, c"break_nodes"),
+    (Protection::Limit, c"break_limit"),
+    (Protection::PoolCap, c"break_pool_cap"),
     (Protection::References, c"break_references"),
 ];
 

@@ -254,6 +254,31 @@ const PROTECTIONS: &[Protection] = &[
         "swap/shared-write-fails",
         Sees::CorruptionOrBusError,
     ),
+    small(
+        "sharers",
+        "a page with more sharers than max_page_sharing",
+        "share/max-sharers",
+        Sees::Otherwise("more sharers than there may be"),
+    ),
+    small(
+        "limit",
+        "a VM that keeps more than its limit_kb",
+        "contend/limit",
+        Sees::Otherwise("a VM above its limit"),
+    ),
+    small(
+        "pool_cap",
+        "compressed pages that take more than their part",
+        "contend/cap",
+        Sees::Otherwise("a pool above its cap"),
+    ),
+    stock(
+        "nodes",
+        "sharing between nodes that are to be kept apart",
+        "ksm/numa-merge",
+        WRONG_SHARING,
+        None,
+    ),
     stock(
         "freeze",
         "splitting a folio that somebody holds a part of",
