@@ -539,9 +539,12 @@ pub fn fail_each(
     next: &dyn Fn(u64) -> u64,
 ) -> Result<u64> {
     let (mut refused, mut failures, mut nth) = (0, 0, 1);
-    while try_once(ctx, operation, failing, nth, &mut refused)
-        .with_context(|| format!("{}, failure {nth}", operation.name))?
-    {
+    let mut live = Live::now(ctx)?;
+    let mut once = |nth| {
+        let failed = try_once(ctx, operation, failing, nth, &mut refused)?;
+        live.until_back(ctx).map(|()| failed)
+    };
+    while once(nth).with_context(|| format!("{}, failure {nth}", operation.name))? {
         failures += 1;
         nth = next(nth);
         ensure!(nth < MOST, "{}: no end of failures", operation.name);
