@@ -6,7 +6,7 @@
 //! by one while the guests run. Floors, from the top, and no arrow runs up: this file, `glue` (what
 //! the kernel calls), `engine` (locks and policy), `logic` (pure) and `sys` (thin wrappers).
 
-use kernel::{prelude::*, sync::Arc};
+use kernel::prelude::*;
 
 mod engine;
 mod glue;
@@ -116,16 +116,16 @@ impl kernel::Module for ThinRam {
         glue::start(&host)?;
         let reference = HostReference;
         let sysfs = SysfsTree;
-        let work = Arc::new(Scanner(host.clone()), GFP_KERNEL)?;
+        let work = sys::alloc::counted(Scanner(host.clone()))?;
         let scanner = Thread::start(c"thinram_scan", work)?;
-        let work = Arc::new(Reclaimer(host.clone()), GFP_KERNEL)?;
+        let work = sys::alloc::counted(Reclaimer(host.clone()))?;
         let reclaimer = Thread::start(c"thinram_reclaim", work)?;
-        let work = Arc::new(Splitter(host.clone()), GFP_KERNEL)?;
+        let work = sys::alloc::counted(Splitter(host.clone()))?;
         let splitter = Thread::start(c"thinram_split", work)?;
-        let work = Arc::new(Writer(host.clone()), GFP_KERNEL)?;
+        let work = sys::alloc::counted(Writer(host.clone()))?;
         let swap_out = Thread::start(c"thinram_swapout", work)?;
         let reader = || -> Result<Thread<Reader>> {
-            let work = Arc::new(Reader(host.clone()), GFP_KERNEL)?;
+            let work = sys::alloc::counted(Reader(host.clone()))?;
             Thread::start(c"thinram_swapin", work)
         };
         let swap_in = [reader()?, reader()?, reader()?];

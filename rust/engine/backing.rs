@@ -14,6 +14,7 @@ use super::{
 use crate::{
     logic::slot::State,
     sys::{
+        alloc,
         mapping::MappingSource,
         report::bug_once,
         slots::{Content, SLOTS},
@@ -52,7 +53,7 @@ pub(crate) struct Backing {
 impl Backing {
     /// An empty file of `vm`.
     pub(crate) fn new(host: Arc<Host>, vm: Arc<Vm>, source: MappingSource) -> Result<Arc<Backing>> {
-        Arc::pin_init(
+        alloc::counted_in_place(
             pin_init!(Backing {
                 host,
                 vm,
@@ -107,13 +108,10 @@ impl Backing {
         let region = (self.vm)
             .pays_for_kernel(|| Region::new(first_page, self.vm.clone(), self.source.mapping()))?;
         self.host.registry().add(&region)?;
-        let stored = self
-            .regions
-            .lock()
-            .store(number, region.clone(), GFP_KERNEL);
-        if let Err(failed) = stored {
+        let stored = alloc::store(&mut self.regions.lock(), number, region.clone());
+        if let Err(error) = stored {
             self.host.registry().remove(&region);
-            return Err(failed.error);
+            return Err(error);
         }
         *end = (*end).max((number as u64).saturating_add(1));
         Ok(region)

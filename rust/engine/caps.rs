@@ -14,7 +14,7 @@ use crate::{
         counts::{pages_to_kb, Class},
         state::HostState,
     },
-    sys::{memory, swapio::SwapDir},
+    sys::{alloc, memory, swapio::SwapDir},
 };
 use core::sync::atomic::Ordering;
 use kernel::{prelude::*, sync::Arc};
@@ -105,7 +105,7 @@ impl Host {
         let dir = if name.is_empty() {
             None
         } else {
-            Some(Arc::new(SwapDir::open(name)?, GFP_KERNEL)?)
+            Some(alloc::counted(SwapDir::open(name)?)?)
         };
         let same = match (&dir, &self.swap.dir()) {
             (Some(new), Some(old)) => new.is(old),

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     logic::slot::State,
     sys::{
-        clock,
+        alloc, clock,
         frames::NotPacked,
         packed::Packed,
         page::{Frame, Label, Purpose},
@@ -99,12 +99,12 @@ fn quotas(host: &Host, vms: &[Arc<Vm>]) -> Result<KVec<Quota>> {
 }
 
 fn quotas_at(vms: &[Arc<Vm>], percent: u64) -> Result<KVec<Quota>> {
-    let mut sizes = KVec::with_capacity(vms.len(), GFP_KERNEL)?;
+    let mut sizes = alloc::list(vms.len())?;
     for vm in vms.iter().filter(|vm| vm.scope() != Scope::NONE) {
         sizes.push((vm.scope(), vm), GFP_KERNEL)?;
     }
     sizes.sort_unstable_by_key(|(scope, vm)| (scope.0, vm.id()));
-    let mut quotas: KVec<Quota> = KVec::with_capacity(sizes.len(), GFP_KERNEL)?;
+    let mut quotas: KVec<Quota> = alloc::list(sizes.len())?;
     for (scope, vm) in sizes {
         let size = vm.snapshot().pages.total();
         match quotas.last_mut() {

@@ -27,6 +27,7 @@ use crate::{
         tunables::{LargePages, RunMode, ShareScope},
     },
     sys::{
+        alloc,
         hash::{self, Seed},
         huge::HugeFrame,
         page::{Frame, PageRef, Purpose},
@@ -257,14 +258,14 @@ pub(crate) struct Totals {
 impl Host {
     /// A host without VMs, with DESIGN's defaults.
     pub(crate) fn new() -> Result<Arc<Host>> {
-        let mut zero_frames = KVec::with_capacity(ZERO_FRAMES, GFP_KERNEL)?;
+        let mut zero_frames = alloc::list(ZERO_FRAMES)?;
         for _ in 0..ZERO_FRAMES {
             let mut frame = Frame::alloc(Purpose::Shared, -1).ok_or(ENOMEM)?;
             frame.clear();
             zero_frames.push(frame, GFP_KERNEL)?;
         }
         let shrinking = Shrinking::new()?;
-        Arc::pin_init(
+        alloc::counted_in_place(
             try_pin_init!(Host {
                 key: hash::random_key(),
                 run: AtomicU8::new(1),

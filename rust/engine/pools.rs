@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     logic::clusters::Place,
-    sys::{frames::Owned, report::bug_once, swapio::SwapDir, zs::Store},
+    sys::{alloc, frames::Owned, report::bug_once, swapio::SwapDir, zs::Store},
 };
 use kernel::{
     new_mutex,
@@ -100,7 +100,7 @@ impl SharedPools {
             }
             let len = list.len();
             drop(list);
-            all = KVec::with_capacity(len, GFP_KERNEL)?;
+            all = alloc::list(len)?;
         }
     }
 
@@ -114,7 +114,7 @@ impl SharedPools {
         let swap = Swap::new(dir)?;
         let pool = SharedPool { scope, store, swap };
         let len = self.list.lock().len();
-        let mut longer = KVec::with_capacity(len.saturating_add(1), GFP_KERNEL)?;
+        let mut longer = alloc::list(len.saturating_add(1))?;
         let mut list = self.list.lock();
         for pool in list.drain_all() {
             // Nobody else makes any.

@@ -15,7 +15,7 @@ use crate::{
         slot::{Class, Slot, State},
     },
     sys::{
-        clock,
+        alloc, clock,
         huge::HugeFrame,
         mapping::Mapping,
         page::{Frame, PageRef, Purpose},
@@ -85,7 +85,7 @@ impl Region {
     /// An empty region that begins at page `first_page` of a file of `vm`.
     pub(crate) fn new(first_page: u64, vm: Arc<Vm>, mapping: Mapping) -> Result<Arc<Region>> {
         let (words, key) = SlotWords::new(vm.store().clone())?;
-        Arc::pin_init(
+        alloc::counted_in_place(
             pin_init!(Region {
                 id: AtomicU32::new(u32::MAX),
                 first_page,
@@ -776,8 +776,8 @@ impl Registry {
     /// Room for more numbers, so that neither adding nor removing ever allocates under the lock.
     fn grow(&self, len: usize) -> Result {
         let capacity = len.saturating_mul(3).checked_div(2).unwrap_or(len).max(256);
-        let mut regions = KVVec::with_capacity(capacity, GFP_KERNEL)?;
-        let mut free = KVVec::with_capacity(capacity, GFP_KERNEL)?;
+        let mut regions = alloc::long_list(capacity)?;
+        let mut free = alloc::long_list(capacity)?;
         let mut table = self.table.lock();
         if table.regions.len() > len || table.regions.len() == capacity {
             return Ok(());

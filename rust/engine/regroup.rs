@@ -25,7 +25,7 @@ use crate::{
         tunables::ShareScope,
     },
     sys::{
-        hash,
+        alloc, hash,
         page::{Frame, Purpose},
         protect::{self, Protection},
         slots::{Content, SLOTS},
@@ -99,7 +99,7 @@ fn apply_held_still(
     let vms = host.vms().all()?;
     let groups = groups(host, change, now)?;
     // Room for all, so that nothing can fail once the change is made.
-    let mut changed = KVec::with_capacity(vms.len(), GFP_KERNEL)?;
+    let mut changed = alloc::list(vms.len())?;
     let breaks = |guard: &RegionGuard<'_>, record: u32| {
         if !protect::armed(Protection::Unshare) {
             return false;

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     logic::state::HostState,
-    sys::{clock, shrinker, slots::SLOTS, task, zs::Compressor},
+    sys::{alloc, clock, shrinker, slots::SLOTS, task, zs::Compressor},
 };
 use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::{
@@ -71,7 +71,7 @@ impl Shrinking {
     /// With what it takes to compress when there is no memory left.
     pub(crate) fn new() -> Result<impl PinInit<Shrinking>> {
         let compressor = Compressor::new()?;
-        let gone = KVec::with_capacity(GONE_MAX, GFP_KERNEL)?;
+        let gone = alloc::list(GONE_MAX)?;
         Ok(pin_init!(Shrinking {
             tools <- new_mutex!(
                 Tools { compressor, next: (0, 0), gone },

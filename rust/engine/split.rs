@@ -36,7 +36,7 @@ use crate::{
         tunables::RunMode,
     },
     sys::{
-        clock, hash,
+        alloc, clock, hash,
         page::{Frame, Purpose},
         protect::{self, Protection},
         slots::{Content, SlotsOf, SLOTS},
@@ -158,8 +158,8 @@ impl Supply {
     /// Room for all of it, and no frame yet.
     fn new() -> Result<Supply> {
         Ok(Supply {
-            own: KVec::with_capacity(SLOTS, GFP_KERNEL)?,
-            reserve: KVec::with_capacity(Self::RESERVE, GFP_KERNEL)?,
+            own: alloc::list(SLOTS)?,
+            reserve: alloc::list(Self::RESERVE)?,
             parts: SlotsOf::new()?,
         })
     }

@@ -18,8 +18,8 @@ use crate::{
         tunables::{LargePages, ShareScope},
     },
     sys::{
-        cgroup::Payer, clock, kobj::Directory, protect, report::bug_once, swapio::SwapDir, task,
-        zs::Store,
+        alloc, cgroup::Payer, clock, kobj::Directory, protect, report::bug_once, swapio::SwapDir,
+        task, zs::Store,
     },
 };
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicU8, Ordering};
@@ -572,7 +572,7 @@ impl Vm {
 
     /// Without memory for the note, whoever faults pays.
     fn set_payer(&self, payer: Option<Payer>) {
-        let payer = payer.and_then(|payer| Arc::new(payer, GFP_KERNEL).ok());
+        let payer = payer.and_then(|payer| alloc::counted(payer).ok());
         let before = core::mem::replace(&mut *self.payer.lock(), payer);
         drop(before);
     }
@@ -673,16 +673,13 @@ impl Vms {
         list.next_id = id.wrapping_add(1);
         let domain = match domain {
             Some(name) => list.domain(name)?,
-            None => Arc::new(
-                Domain {
-                    id: list.take_id(),
-                    name: KVec::new(),
-                },
-                GFP_KERNEL,
-            )?,
+            None => alloc::counted(Domain {
+                id: list.take_id(),
+                name: KVec::new(),
+            })?,
         };
         let vm = Vm::new(id, name, domain, defaults, share_scope)?;
-        list.vms.push(vm.clone(), GFP_KERNEL)?;
+        alloc::push(&mut list.vms, vm.clone())?;
         match make_directory(&vm, name) {
             Ok(directory) => *vm.directory.lock() = Some(directory),
             Err(error) => {
@@ -740,8 +737,7 @@ impl Vms {
         {
             return Err(EEXIST);
         }
-        let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
-        owned.extend_from_slice(name, GFP_KERNEL)?;
+        let owned = alloc::copied(name)?;
         if let Some(directory) = &*vm.directory.lock() {
             directory.rename(name)?;
         }
@@ -768,7 +764,7 @@ impl Vms {
     /// All of them as of now.
     pub(crate) fn all(&self) -> Result<KVec<Arc<Vm>>> {
         let list = self.list.lock();
-        let mut vms = KVec::with_capacity(list.vms.len(), GFP_KERNEL)?;
+        let mut vms = alloc::list(list.vms.len())?;
         for vm in &list.vms {
             vms.push(vm.clone(), GFP_KERNEL)?;
         }
@@ -780,13 +776,10 @@ impl Vms {
         let mut list = self.list.lock();
         if name.is_empty() {
             let id = list.take_id();
-            return Ok(Arc::new(
-                Domain {
-                    id,
-                    name: KVec::new(),
-                },
-                GFP_KERNEL,
-            )?);
+            return Ok(alloc::counted(Domain {
+                id,
+                name: KVec::new(),
+            })?);
         }
         list.domain(name)
     }
@@ -818,16 +811,12 @@ impl VmList {
         if let Some(domain) = self.domains.iter().find(|d| d.name() == name) {
             return Ok(domain.clone());
         }
-        let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
-        owned.extend_from_slice(name, GFP_KERNEL)?;
-        let domain = Arc::new(
-            Domain {
-                id: self.take_id(),
-                name: owned,
-            },
-            GFP_KERNEL,
-        )?;
-        self.domains.push(domain.clone(), GFP_KERNEL)?;
+        let owned = alloc::copied(name)?;
+        let domain = alloc::counted(Domain {
+            id: self.take_id(),
+            name: owned,
+        })?;
+        alloc::push(&mut self.domains, domain.clone())?;
         Ok(domain)
     }
 
@@ -847,9 +836,8 @@ impl Vm {
         defaults: &VmDefaults,
         share_scope: ShareScope,
     ) -> Result<Arc<Vm>> {
-        let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
-        owned.extend_from_slice(name, GFP_KERNEL)?;
-        let vm = Arc::pin_init(
+        let owned = alloc::copied(name)?;
+        let vm = alloc::counted_in_place(
             try_pin_init!(Vm {
                 id,
                 name <- new_mutex!(owned, "thinram_vm_name"),

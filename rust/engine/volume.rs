@@ -18,7 +18,7 @@ use crate::{
         object::{self, Object, Room},
     },
     sys::{
-        clock,
+        alloc, clock,
         crypt::{Key, Nonce},
         page::Frame,
         protect,
@@ -53,7 +53,7 @@ pub(super) struct Table(KVVec<Cluster>);
 impl Table {
     /// No cluster, and room for `capacity`.
     pub(super) fn with_capacity(capacity: usize) -> Result<Table> {
-        Ok(Table(KVVec::with_capacity(capacity, GFP_KERNEL)?))
+        Ok(Table(alloc::long_list(capacity)?))
     }
 
     pub(super) fn capacity(&self) -> usize {
@@ -192,7 +192,7 @@ pub(crate) struct Swap {
 impl Swap {
     /// Without a file, which is made when it is first needed.
     pub(crate) fn new(own_dir: Option<Arc<SwapDir>>) -> Result<Arc<Swap>> {
-        Arc::pin_init(
+        alloc::counted_in_place(
             pin_init!(Swap {
                 own_dir <- new_mutex!(own_dir, "thinram_swap_own_dir"),
                 inner <- new_mutex!(
@@ -567,21 +567,18 @@ enum Found<'a> {
 impl Volume {
     /// A new file in `dir`.
     pub(super) fn new(dir: Arc<SwapDir>) -> Result<KBox<Volume>> {
-        let file = Arc::new(dir.make_file()?, GFP_KERNEL)?;
-        Ok(KBox::new(
-            Volume {
-                dir,
-                file,
-                key: Arc::new(Key::new(), GFP_KERNEL)?,
-                clusters: Clusters::new(Table::with_capacity(0)?),
-                filling: None,
-                sealed: Default::default(),
-                cache: Default::default(),
-                uses: 0,
-                spare: None,
-            },
-            GFP_KERNEL,
-        )?)
+        let file = alloc::counted(dir.make_file()?)?;
+        Ok(alloc::boxed(Volume {
+            dir,
+            file,
+            key: alloc::counted(Key::new())?,
+            clusters: Clusters::new(Table::with_capacity(0)?),
+            filling: None,
+            sealed: Default::default(),
+            cache: Default::default(),
+            uses: 0,
+            spare: None,
+        })?)
     }
 
     fn bytes(&self) -> u64 {
@@ -800,7 +797,7 @@ impl SwapWork {
     pub(super) fn new() -> impl PinInit<SwapWork, Error> {
         try_pin_init!(SwapWork {
             dir <- new_mutex!(None, "thinram_swap_dir"),
-            queue <- new_mutex!(KVec::with_capacity(QUEUE_MAX, GFP_KERNEL)?, "thinram_swap_queue"),
+            queue <- new_mutex!(alloc::list(QUEUE_MAX)?, "thinram_swap_queue"),
             writer_bell <- Bell::new(),
             reader_bell <- Bell::new(),
             events: SwapEvents::default(),

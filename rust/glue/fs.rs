@@ -9,7 +9,12 @@ use super::{
 use crate::{
     engine::{backing::Backing, data, vm::Vm},
     logic::tunables::{self, Shown, Takes},
-    sys::{bindings, mapping::MappingSource, task},
+    sys::{
+        alloc, bindings,
+        inject::{self, Point},
+        mapping::MappingSource,
+        task,
+    },
 };
 use core::ptr::NonNull;
 use kernel::{
@@ -79,7 +84,7 @@ unsafe fn new_inode(
 ///
 /// `inode` is new.
 unsafe fn hang(inode: Inode, node: Node) -> Result {
-    let node = Arc::new(node, GFP_KERNEL)?;
+    let node = alloc::counted(node)?;
     // SAFETY: By the caller's promise.
     unsafe { (*inode).i_private = node.into_raw().cast_mut().cast() };
     Ok(())
@@ -342,8 +347,7 @@ unsafe fn rename_vm<'a>(
     let rename = move |name: &[u8]| -> Result {
         match &*node {
             Node::Dir(dir) => {
-                let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
-                owned.extend_from_slice(name, GFP_KERNEL)?;
+                let owned = alloc::copied(name)?;
                 // Held throughout, so that a first file made meanwhile meets the old name or the new.
                 let mut dir_name = dir.name.lock();
                 let vm = dir.vm.lock().clone();
@@ -447,6 +451,9 @@ unsafe extern "C" fn thinram_rs_evict_inode(inode: Inode) {
 
 /// Makes the file system known to the kernel.
 pub(crate) fn register() -> Result {
+    if inject::fails(Point::FileSystem) {
+        return Err(ENOMEM);
+    }
     // SAFETY: The type is static; the module unregisters it before it goes.
     to_result(unsafe { bindings::thinram_register_fs() })
 }

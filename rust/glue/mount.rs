@@ -13,7 +13,7 @@ use crate::{
         options::{self, Fixed, Text},
         tunables::{Shown, Takes},
     },
-    sys::{bindings, swapio::SwapDir},
+    sys::{alloc, bindings, swapio::SwapDir},
 };
 use core::ptr::NonNull;
 use kernel::{
@@ -88,7 +88,7 @@ fn refuse_value(fc: *mut bindings::fs_context, option: &str, value: &[u8]) -> Er
 /// Called by the kernel.
 #[no_mangle]
 unsafe extern "C" fn thinram_rs_init_fs_context(fc: *mut bindings::fs_context) -> c_int {
-    match KBox::new(Options::default(), GFP_KERNEL) {
+    match alloc::boxed(Options::default()) {
         Ok(options) => {
             // SAFETY: The context is fresh; `free` takes the box back.
             unsafe { bindings::thinram_fc_setup(fc, KBox::into_raw(options).cast()) };
@@ -153,9 +153,7 @@ unsafe extern "C" fn thinram_rs_parse_param(
 }
 
 fn own(name: &str) -> Option<KVec<u8>> {
-    let mut owned = KVec::new();
-    owned.extend_from_slice(name.as_bytes(), GFP_KERNEL).ok()?;
-    Some(owned)
+    alloc::copied(name.as_bytes()).ok()
 }
 
 /// Takes an option whose value is a text.
@@ -202,7 +200,7 @@ unsafe fn parse(
                     let (dir, why) = (Shown(text), super::sysfs::swap_dir_error(error));
                     refuse(fc, fmt!("swap_dir={dir}: {why}"));
                 })?;
-                options.swap_dir = Some(Arc::new(dir, GFP_KERNEL)?);
+                options.swap_dir = Some(alloc::counted(dir)?);
             }
             _ => return Err(EINVAL),
         }

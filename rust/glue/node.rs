@@ -8,7 +8,7 @@ use crate::{
         host::Host,
         vm::{Vm, VmDefaults},
     },
-    sys::bindings,
+    sys::{alloc, bindings},
 };
 use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::{
@@ -58,7 +58,7 @@ impl Mount {
             limit_pages,
             used_pages,
         };
-        Ok(Arc::new(mount, GFP_KERNEL)?)
+        Ok(alloc::counted(mount)?)
     }
 
     /// Limit and use in pages.
@@ -114,9 +114,8 @@ pub(crate) struct Dir {
 impl Dir {
     /// A directory without files.
     pub(crate) fn new(name: &[u8], is_root: bool) -> Result<Arc<Dir>> {
-        let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
-        owned.extend_from_slice(name, GFP_KERNEL)?;
-        Arc::pin_init(
+        let owned = alloc::copied(name)?;
+        alloc::counted_in_place(
             pin_init!(Dir {
                 name <- new_mutex!(owned, "thinram_dir_name"),
                 vm <- new_mutex!(None, "thinram_dir_vm"),

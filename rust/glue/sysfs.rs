@@ -15,7 +15,7 @@ use crate::{
         tunables::{self, BadValue, Knob, LargePages, RunMode, ShareScope, Shown, Takes},
     },
     sys::{
-        bindings,
+        alloc, bindings,
         kobj::{self, Attribute, Attributes, Directory, Page, Parent},
         memory, task,
     },
@@ -522,10 +522,10 @@ kernel::sync::global_lock! {
 pub(crate) unsafe fn make_tree(host: &Arc<Host>) -> Result {
     // SAFETY: By the caller's promise.
     unsafe { TREE.init() };
-    let files = Arc::new(HostFiles(host.clone()), GFP_KERNEL)?;
+    let files = alloc::counted(HostFiles(host.clone()))?;
     let host = Directory::create(Parent::<HostFiles>::Fs, b"thinram", files)?;
     host.data().0.pressure.tell(host.notice(c"state")?);
-    let vms = Directory::create(Parent::In(&host), b"vms", Arc::new(VmsFiles, GFP_KERNEL)?)?;
+    let vms = Directory::create(Parent::In(&host), b"vms", alloc::counted(VmsFiles)?)?;
     *TREE.lock() = Some(Tree { vms, host });
     Ok(())
 }

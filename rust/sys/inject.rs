@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What fails when a test says so. Each place in `sys` that may be refused something asks [`fails`]
-//! first; a debug build (`THINRAM_DEBUG=y`) counts down to the one that fails, of a kind or of all
+//! What fails when a test says so. Each place in `sys` and `glue` that may be refused something asks
+//! [`fails`] first; a debug build (`THINRAM_DEBUG=y`) counts down to the one that fails, of a kind or of all
 //! kinds, any other build has the constant `false`. And what comes late: [`hold_answer`].
 
 /// A kind of places that may fail.
@@ -34,11 +34,44 @@ pub(crate) enum Point {
     Kobject,
     /// A file in sysfs.
     Attribute,
+    /// A small object, or a list of them.
+    Memory,
+    /// A region in its file's table.
+    Entry,
+    /// The file system, made known to the kernel.
+    FileSystem,
+    /// The shrinker, made known to the kernel.
+    Shrinker,
+    /// A directory to swap to, looked up.
+    SwapDir,
+    /// A swap file.
+    SwapFile,
+    /// Room in a swap file.
+    SwapRoom,
+    /// A cluster written to a swap file.
+    SwapWrite,
+    /// A cluster read from one.
+    SwapRead,
+    /// A page copied: its memory is found to be broken.
+    Copy,
+    /// A compressed page taken apart: it is found to be damaged.
+    Decompress,
+}
+
+#[cfg(thinram_debug)]
+impl Point {
+    /// Whether what fails is a request that is refused. Else it is data that does not come.
+    const fn is_request(self) -> bool {
+        !matches!(
+            self,
+            Point::SwapWrite | Point::SwapRead | Point::Copy | Point::Decompress
+        )
+    }
 }
 
 #[cfg(thinram_debug)]
 /// All of them, with the names of their switches in debugfs.
-pub(crate) const POINTS: [(Point, &kernel::str::CStr); 13] = [
+pub(crate) const POINTS: [(Point, &kernel::str::CStr); 24] = [
     (Point::Frame, c"fail_frame"),
     (Point::HugeFrame, c"fail_huge_frame"),
     (Point::PageTable, c"fail_page_table"),
@@ -52,6 +85,17 @@ pub(crate) const POINTS: [(Point, &kernel::str::CStr); 13] = [
     (Point::Thread, c"fail_thread"),
     (Point::Kobject, c"fail_kobject"),
     (Point::Attribute, c"fail_attribute"),
+    (Point::Memory, c"fail_memory"),
+    (Point::Entry, c"fail_entry"),
+    (Point::FileSystem, c"fail_file_system"),
+    (Point::Shrinker, c"fail_shrinker"),
+    (Point::SwapDir, c"fail_swap_dir"),
+    (Point::SwapFile, c"fail_swap_file"),
+    (Point::SwapRoom, c"fail_swap_room"),
+    (Point::SwapWrite, c"fail_swap_write"),
+    (Point::SwapRead, c"fail_swap_read"),
+    (Point::Copy, c"fail_copy"),
+    (Point::Decompress, c"fail_decompress"),
 ];
 
 #[cfg(not(thinram_debug))]
@@ -71,16 +115,16 @@ mod counted {
     /// In a countdown: all that come after the one that fails do so too.
     const ALL_AFTER: u64 = 1 << 63;
 
-    /// For each kind, and last for all of them: how many it still is until one fails, that one
+    /// For each kind, and last for all requests: how many it still is until one fails, that one
     /// included; 0: none fails.
     static LEFT: [AtomicU64; POINTS.len() + 1] = [const { AtomicU64::new(0) }; POINTS.len() + 1];
 
-    /// The countdown of one kind, or of any.
+    /// The countdown of one kind, or of any request.
     #[derive(Clone, Copy)]
     pub(crate) struct Countdown(Option<Point>);
 
     impl Countdown {
-        /// That of `point`; of any kind for `None`.
+        /// That of `point`; of any request for `None`.
         pub(crate) const fn of(point: Option<Point>) -> Countdown {
             Countdown(point)
         }
@@ -119,7 +163,7 @@ mod counted {
     /// Whether this one is to fail.
     pub(crate) fn fails(point: Point) -> bool {
         let own = Countdown::of(Some(point)).is_over();
-        Countdown::of(None).is_over() || own
+        (point.is_request() && Countdown::of(None).is_over()) || own
     }
 }
 

@@ -3,6 +3,7 @@
 //! Thin safe faces of what the kernel offers: the only home of bindings, and with `glue` the only
 //! home of `unsafe`. Nothing here decides anything.
 
+pub(crate) mod alloc;
 pub(crate) mod bindings;
 pub(crate) mod cgroup;
 pub(crate) mod clock;

@@ -184,7 +184,7 @@ pub(super) fn copy_page(
     to: NonNull<bindings::page>,
     from: PageRef<'_>,
 ) -> Result<(), PoisonedMemory> {
-    if from.is_poisoned() {
+    if from.is_poisoned() || inject::fails(Point::Copy) {
         return Err(PoisonedMemory);
     }
     // SAFETY: Both pages are in the direct map, PAGE_SIZE long and distinct: `to` is a frame that

@@ -2,7 +2,10 @@
 
 //! A cache that the kernel's own reclaim counts on.
 
-use super::bindings;
+use super::{
+    bindings,
+    inject::{self, Point},
+};
 use core::ptr::NonNull;
 use kernel::{ffi::c_void, prelude::*};
 
@@ -29,6 +32,9 @@ impl Shrinker {
     ///
     /// `data` is what those expect, and stays so until the value is dropped.
     pub(crate) unsafe fn register(data: *const c_void) -> Result<Shrinker> {
+        if inject::fails(Point::Shrinker) {
+            return Err(ENOMEM);
+        }
         // SAFETY: By the caller's promise; allocates.
         let shrinker = unsafe { bindings::thinram_shrinker_register(data.cast_mut()) };
         NonNull::new(shrinker).map(Shrinker).ok_or(ENOMEM)

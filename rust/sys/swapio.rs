@@ -4,7 +4,7 @@
 //! in whole clusters.
 
 use super::{
-    bindings,
+    alloc, bindings,
     inject::{self, Point},
 };
 use crate::logic::clusters::CLUSTER_BYTES;
@@ -72,8 +72,10 @@ impl SwapDir {
         }
         let text = core::str::from_utf8(name).map_err(|_| EINVAL)?;
         let text = CString::try_from_fmt(kernel::prelude::fmt!("{text}"))?;
-        let mut owned = KVec::with_capacity(name.len(), GFP_KERNEL)?;
-        owned.extend_from_slice(name, GFP_KERNEL)?;
+        let owned = alloc::copied(name)?;
+        if inject::fails(Point::SwapDir) {
+            return Err(ENOMEM);
+        }
         // SAFETY: All-zero is valid for this plain structure.
         let mut path: bindings::path = unsafe { core::mem::zeroed() };
         // SAFETY: The name is a C string, and `path` is ours to be filled.
@@ -108,6 +110,9 @@ impl SwapDir {
 
     /// Makes a nameless file. Not in the middle of a fault.
     pub(crate) fn make_file(&self) -> Result<SwapFile> {
+        if inject::fails(Point::SwapFile) {
+            return Err(ENOMEM);
+        }
         // SAFETY: The path is held; write access to the mount is given back below. An open file has
         // its own.
         let file = unsafe {
@@ -144,6 +149,9 @@ impl SwapFile {
     /// Sees to it that there is room for `len` bytes at `at`, as far as the file system can tell
     /// beforehand.
     pub(crate) fn reserve(&self, at: u64, len: u64) -> Result {
+        if inject::fails(Point::SwapRoom) {
+            return Err(ENOSPC);
+        }
         let (at, len) = (i64::try_from(at)?, i64::try_from(len)?);
         // SAFETY: The file is open for writing.
         let done = unsafe { bindings::vfs_fallocate(self.0.as_ptr(), 0, at, len) };
@@ -156,6 +164,9 @@ impl SwapFile {
 
     /// Writes a cluster at byte `at`. Sleeps until it is done.
     pub(crate) fn write(&self, at: u64, buffer: &Buffer) -> Result {
+        if inject::fails(Point::SwapWrite) {
+            return Err(EIO);
+        }
         let address = buffer.0.as_ptr().cast_mut();
         // SAFETY: The buffer is as long as a cluster, and is only read.
         unsafe { self.transfer(at, address, true) }
@@ -163,6 +174,9 @@ impl SwapFile {
 
     /// Reads a cluster from byte `at`. Sleeps until it is done.
     pub(crate) fn read(&self, at: u64, buffer: &mut Buffer) -> Result {
+        if inject::fails(Point::SwapRead) {
+            return Err(EIO);
+        }
         // SAFETY: The buffer is as long as a cluster, and is ours alone.
         unsafe { self.transfer(at, buffer.0.as_mut_ptr(), false) }
     }

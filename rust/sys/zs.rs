@@ -68,6 +68,9 @@ impl Compressor {
 
 /// Decompresses `bytes` into `to`.
 pub(crate) fn decompress(bytes: &[u8], to: &mut Frame) -> Result<(), Corrupt> {
+    if inject::fails(Point::Decompress) {
+        return Err(Corrupt);
+    }
     let len = i32::try_from(bytes.len()).map_err(|_| Corrupt)?;
     // SAFETY: At most PAGE_SIZE bytes come out, into a frame that the caller owns alone.
     let filled = unsafe {

@@ -281,7 +281,8 @@ fn break_frame(map: &Map, page: usize) -> Result<()> {
 }
 
 /// A process that touches `page` of the guest anew is killed by SIGBUS.
-fn touch_kills(ctx: &Ctx, guest: &crate::ctx::Guest, page: usize, write: bool) -> Result<()> {
+/// A touch of the page kills by SIGBUS.
+pub fn touch_kills(ctx: &Ctx, guest: &crate::ctx::Guest, page: usize, write: bool) -> Result<()> {
     let mut child = sys::fork(|| {
         let map = Map::shared(&guest.file, 0, guest.map.pages() * PAGE, RW)?;
         if write {

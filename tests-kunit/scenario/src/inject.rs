@@ -12,16 +12,18 @@ use anyhow::{anyhow, bail, ensure, Context, Result};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
-use crate::check::{bytes_are, eq, page_is, skip, that, within, Code};
+use crate::check::{bytes_are, eq, fails, page_is, skip, that, within, Code};
 use crate::content;
 use crate::contention::force;
 use crate::ctx::Ctx;
 use crate::harness::Case;
+use crate::host;
 use crate::huge::{self, LARGE, LARGE_KB};
 use crate::live::Live;
 use crate::operations::{
     merged, Before, Operation, Pair, FURTHER, LARGE_PAGES, ON_DISK, OPERATIONS,
 };
+use crate::refused;
 use crate::sharing::{twins, SOON};
 use crate::swap::{self, Disk};
 use crate::sys::{self, Map, PAGE, RW};
@@ -68,6 +70,32 @@ pub const CASES: &[Case] = &[
         fail_load,
     )
     .span(60.0),
+    Case::thinram(
+        "debug/fail-swap-write",
+        "clusters cannot be written: the pages stay, and go later",
+        |ctx| refused::writes_fail(ctx, &all_of(Switch::new(ctx, "fail_swap_write")?)),
+    ),
+    Case::thinram(
+        "debug/fail-swap-read",
+        "clusters cannot be read: EIO or SIGBUS, until they can",
+        |ctx| refused::reads_fail(ctx, &all_of(Switch::new(ctx, "fail_swap_read")?)),
+    ),
+    Case::thinram(
+        "debug/no-swap-file",
+        "a swap file cannot be made, or has no room: the pages stay, and go later",
+        no_swap_file,
+    )
+    .span(30.0),
+    Case::thinram(
+        "debug/broken-copy",
+        "memory that breaks while it is copied: EIO, SIGBUS, no merge, and nothing else changes",
+        broken_copy,
+    ),
+    Case::thinram(
+        "debug/broken-object",
+        "a compressed page that is damaged: EIO, SIGBUS, and it stays",
+        broken_object,
+    ),
     Case::thinram(
         "debug/late-answer",
         "what a swap disk says late is nothing to the swap file that came after",
@@ -134,8 +162,135 @@ impl Drop for Switch {
     }
 }
 
+/// Lets all of a kind fail, or none.
+fn all_of(switch: Switch) -> impl Fn(bool) -> Result<()> {
+    move |on| {
+        if on {
+            switch.fail_all()
+        } else {
+            switch.set(0)
+        }
+    }
+}
+
+fn no_swap_file(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 64;
+    for kind in ["fail_swap_file", "fail_swap_room"] {
+        let fail = Switch::new(ctx, kind)?;
+        let disk = Disk::again(ctx, kind)?;
+        let sys = ctx.sys();
+        let mount = ctx.mount("m", "size=16M,domain=lab")?;
+        let guest = mount.guest("web", PAGES)?;
+        guest.fill_noise(0, PAGES);
+        let refused = sys.get("swap_outs_refused_no_space")?;
+        fail.fail_all()?;
+        force(ctx, "hard")?;
+        ctx.until_least("swap_outs_refused_no_space", refused + 1, SOON)?;
+        force(ctx, "none")?;
+        eq(
+            format!("swapped_kb with {kind}"),
+            guest.sysfs(ctx).get("swapped_kb")?,
+            0,
+        )?;
+        guest.holds_noise(0, PAGES)?;
+        fail.set(0)?;
+        swap::push_out(ctx, &guest, PAGES)?;
+        guest.holds_noise(0, PAGES)?;
+        guest.sysfs(ctx).stat()?.check_sum()?;
+        drop(guest);
+        drop(mount);
+        ctx.until_no_vm()?;
+        disk.unmount()?;
+    }
+    Ok(())
+}
+
+/// One of a kind fails: `access` ends with EIO, and works the next time.
+fn fails_once(what: &str, fail: &Switch, access: &mut dyn FnMut() -> io::Result<()>) -> Result<()> {
+    fail.set(1)?;
+    fails(what, access(), Errno::EIO)?;
+    eq(format!("{what}: failures to come"), fail.get()?, 0)?;
+    access().with_context(|| format!("{what}, the second time"))
+}
+
+fn broken_copy(ctx: &Ctx) -> Result<()> {
+    const PAGES: usize = 8;
+    let fail = Switch::new(ctx, "fail_copy")?;
+    let (_mount, a, b) = twins(ctx, PAGES)?;
+    let sys = ctx.sys();
+    let all = PAGES as u64;
+    sys.flat_out()?;
+    ctx.until_is("pages_sharing", all, SOON)?;
+    sys.set("run", 0)?;
+    let intact = || -> Result<()> {
+        a.holds(0, PAGES, 1)?;
+        b.holds(0, PAGES, 1)?;
+        a.sysfs(ctx).stat()?.check_sum()
+    };
+    let bytes = content::pages_bytes(1, 1);
+    fails_once("write(2) to a shared page", &fail, &mut || {
+        a.file.write_all_at(&bytes, 0)
+    })?;
+    intact()?;
+    if !swap::is_uml()? {
+        // The first SIGBUS has Rust's handler try again.
+        fail.fail_all()?;
+        host::touch_kills(ctx, &a, 1, true)?;
+        fail.set(0)?;
+        intact()?;
+    }
+    let sharing = sys.get("pages_sharing")?;
+    fail.set(1)?;
+    fails("run 2", sys.try_set("run", b"2"), Errno::EIO)?;
+    eq("pages_sharing after it", sys.get("pages_sharing")?, sharing)?;
+    sys.set("run", 2)?;
+    eq("pages_sharing after run 2", sys.get("pages_sharing")?, 0)?;
+    intact()?;
+    let refused = sys.get("merges_refused_poisoned")?;
+    fail.fail_all()?;
+    sys.set("run", 1)?;
+    ctx.until_least("merges_refused_poisoned", refused + all, SOON)?;
+    eq("pages_sharing meanwhile", sys.get("pages_sharing")?, 0)?;
+    intact()?;
+    fail.set(0)?;
+    ctx.until_is("pages_sharing", all, 2.0 * SOON)?;
+    intact()
+}
+
+fn broken_object(ctx: &Ctx) -> Result<()> {
+    let fail = Switch::new(ctx, "fail_decompress")?;
+    let sys = ctx.sys();
+    sys.set("compress_max_percent", 100)?;
+    for before in [Before::Compressed, Before::Packed] {
+        let pair = Pair::new(ctx, before)?;
+        let mut page = vec![0; PAGE];
+        fails_once(&format!("read(2), {before:?}"), &fail, &mut || {
+            pair.a.file.read_exact_at(&mut page, 0)
+        })?;
+        bytes_are("page 0", &page, &content::pages_bytes(1, 1))?;
+        let bytes = content::pages_bytes(2, 1);
+        fails_once(&format!("write(2), {before:?}"), &fail, &mut || {
+            pair.a.file.write_all_at(&bytes, PAGE as u64)
+        })?;
+        if !swap::is_uml()? {
+            for (page, write) in [(2, false), (3, true)] {
+                let failed = sys.get("decompressions_failed")?;
+                fail.fail_all()?;
+                host::touch_kills(ctx, &pair.a, page, write)?;
+                fail.set(0)?;
+                let failed = sys.get("decompressions_failed")? - failed;
+                that("decompressions_failed grows", failed > 0)?;
+            }
+        }
+        pair.intact(&merged())?;
+        drop(pair);
+        ctx.until_no_vm()?;
+    }
+    Ok(())
+}
+
 fn no_large(ctx: &Ctx) -> Result<()> {
-    let fail = Switch::new(ctx, "fail_allocation")?;
+    let fail = Switch::new(ctx, "fail_huge_frame")?;
     huge::always(ctx)?;
     let sys = ctx.sys();
     sys.set("collapse_per_sec", 0)?;
@@ -148,7 +303,7 @@ fn no_large(ctx: &Ctx) -> Result<()> {
     let before = refused()?;
     fail.set(1)?;
     guest.fill(0, 1, 1);
-    eq("allocations left to the one that fails", fail.get()?, 0)?;
+    eq("2 MiB asked for before the one that fails", fail.get()?, 0)?;
     eq("refused by a fault", refused()? - before, 1)?;
     huge::huge_is(ctx, "after a fault without one", "web", 0)?;
     ctx.expect_used("after a fault without one", &mount, "web", 4)?;
@@ -490,11 +645,7 @@ pub fn errno_of(e: &anyhow::Error) -> Option<Errno> {
 }
 
 /// What needs nothing of the module's that may be refused.
-const WITHOUT: [&str; 3] = [
-    "read(2)",
-    "large_pages of a VM",
-    "a VM that is renamed, and back",
-];
+const WITHOUT: [&str; 2] = ["read(2)", "large_pages of a VM"];
 
 fn fail_all(ctx: &Ctx, operations: &[Operation], next: &dyn Fn(u64) -> u64) -> Result<()> {
     let countdown = Switch::new(ctx, "fail_allocation")?;

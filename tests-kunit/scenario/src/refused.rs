@@ -230,8 +230,14 @@ fn swap_allocations(ctx: &Ctx) -> Result<()> {
 }
 
 fn swap_writes(ctx: &Ctx) -> Result<()> {
-    const PAGES: usize = 512;
     let requests = Requests::new(ctx, "thinram_swapout")?;
+    writes_fail(ctx, &|on| requests.fail(on))
+}
+
+/// What is written to a swap file fails while `fail` says so, after it has room: the pages stay, and go
+/// later.
+pub fn writes_fail(ctx: &Ctx, fail: &dyn Fn(bool) -> Result<()>) -> Result<()> {
+    const PAGES: usize = 512;
     let disk = Disk::new(ctx)?;
     let sys = ctx.sys();
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
@@ -242,14 +248,14 @@ fn swap_writes(ctx: &Ctx) -> Result<()> {
     push_out(ctx, &guest, PAGES)?;
     guest.holds_noise(0, PAGES)?;
     let (outs, failed) = (vm.get("swap_outs")?, sys.get("swap_writes_failed")?);
-    requests.fail(true)?;
+    fail(true)?;
     force(ctx, "hard")?;
     ctx.until_least("swap_writes_failed", failed + 2, 40.0)?;
     force(ctx, "none")?;
     eq("swap_outs", vm.get("swap_outs")?, outs)?;
     vm.stat()?.check_sum()?;
     guest.holds_noise(0, PAGES)?;
-    requests.fail(false)?;
+    fail(false)?;
     push_out(ctx, &guest, PAGES)?;
     until_vm(ctx, &guest, "swap_outs", |seen| seen > outs)?;
     guest.holds_noise(0, PAGES)?;
@@ -259,8 +265,13 @@ fn swap_writes(ctx: &Ctx) -> Result<()> {
 }
 
 fn swap_reads(ctx: &Ctx) -> Result<()> {
-    const PAGES: usize = 512;
     let requests = Requests::new(ctx, "thinram_swapin")?;
+    reads_fail(ctx, &|on| requests.fail(on))
+}
+
+/// What is read from one fails while `fail` says so: EIO or SIGBUS, until it does not any more.
+pub fn reads_fail(ctx: &Ctx, fail: &dyn Fn(bool) -> Result<()>) -> Result<()> {
+    const PAGES: usize = 512;
     let disk = Disk::new(ctx)?;
     let sys = ctx.sys();
     let mount = ctx.mount("m", "size=64M,domain=lab")?;
@@ -270,7 +281,7 @@ fn swap_reads(ctx: &Ctx) -> Result<()> {
     push_out(ctx, &guest, PAGES)?;
     until_vm(ctx, &guest, "swap_outs", |outs| outs + 16 >= PAGES as u64)?;
     let failed = sys.get("swap_reads_failed")?;
-    requests.fail(true)?;
+    fail(true)?;
     let mut seen = vec![0; PAGE];
     let page_0 = guest.file.read_exact_at(&mut seen, 0);
     fails("read(2) of page 0", page_0, Errno::EIO)?;
@@ -284,7 +295,7 @@ fn swap_reads(ctx: &Ctx) -> Result<()> {
     that(format!("{holes} holes are refused"), holes > 0)?;
     that(format!("{ends} new ends are refused"), ends > 0)?;
     vm.stat()?.check_sum()?;
-    requests.fail(false)?;
+    fail(false)?;
     // Nothing was given up: what could not be read is tried again after a second.
     for page in 0..PAGES {
         ctx.until(&format!("page {page} to be readable again"), 10.0, || {

@@ -278,9 +278,14 @@ pub fn map_again(guest: &Guest) -> Result<Map> {
     Ok(Map::shared(&guest.file, 0, guest.map.pages() * PAGE, RW)?)
 }
 
-/// Touching a page that is lost kills by SIGBUS. User-Mode Linux has no such answer and would stop.
+/// Whether this is User-Mode Linux: it has no answer to a touch of a page that is lost, and would stop.
+pub fn is_uml() -> Result<bool> {
+    Ok(fs::read_to_string("/proc/cpuinfo")?.contains("User Mode Linux"))
+}
+
+/// Touching a page that is lost kills by SIGBUS.
 pub fn touch_lost(ctx: &Ctx, guest: &Guest, page: usize) -> Result<()> {
-    if fs::read_to_string("/proc/cpuinfo")?.contains("User Mode Linux") {
+    if is_uml()? {
         return Ok(());
     }
     sys::fork(|| {
