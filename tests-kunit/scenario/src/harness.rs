@@ -153,17 +153,40 @@ pub fn run_child(case: &Case, setup: Setup, dir: &Path) -> i32 {
     code
 }
 
+/// What was seen of a case.
+pub struct Seen {
+    /// How it ended.
+    pub verdict: Verdict,
+    /// The lines that it said.
+    pub said: Vec<String>,
+    /// Whether it ended by itself, in time, and left nothing behind.
+    pub orderly: bool,
+}
+
 /// The parent's side: runs `case` in a child, shows what it says, and cleans up after it.
 pub fn run_case(case: &Case, setup: &Setup) -> Result<Verdict> {
+    Ok(observe(case, setup)?.verdict)
+}
+
+/// The same, with what it said.
+pub fn observe(case: &Case, setup: &Setup) -> Result<Seen> {
     let dir = setup.base.join(case.name.replace('/', "-"));
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let sys = (setup.fs == Fs::Thinram).then(|| Sys::new(&setup.sys));
     let before = sys.as_ref().map(Sys::snapshot);
 
     let limit = case.time_limit(setup);
-    let (mut verdict, mut said) = match spawn(case, setup, &dir) {
+    let Seen {
+        mut verdict,
+        said,
+        mut orderly,
+    } = match spawn(case, setup, &dir) {
         Ok((child, lines)) => watch(child, &lines, limit)?,
-        Err(e) => (Verdict::Fail, vec![format!("{e:#}")]),
+        Err(e) => Seen {
+            verdict: Verdict::Fail,
+            said: vec![format!("{e:#}")],
+            orderly: false,
+        },
     };
     let mut problems = reap_orphans();
     problems.extend(take_down(&dir)?);
@@ -181,11 +204,16 @@ pub fn run_case(case: &Case, setup: &Setup) -> Result<Verdict> {
         if !matches!(verdict, Verdict::Corrupt | Verdict::BusError) {
             verdict = Verdict::Fail;
         }
+        orderly = false;
     }
-    if let (Verdict::Skip(why), Some(last)) = (&mut verdict, said.pop()) {
-        *why = last.strip_prefix(SKIP_MARK).unwrap_or(&last).to_owned();
+    if let (Verdict::Skip(why), Some(last)) = (&mut verdict, said.last()) {
+        *why = last.strip_prefix(SKIP_MARK).unwrap_or(last).to_owned();
     }
-    Ok(verdict)
+    Ok(Seen {
+        verdict,
+        said,
+        orderly,
+    })
 }
 
 fn spawn(case: &Case, setup: &Setup, dir: &Path) -> Result<(Child, Receiver<String>)> {
@@ -247,11 +275,7 @@ fn spawn(case: &Case, setup: &Setup, dir: &Path) -> Result<(Child, Receiver<Stri
 }
 
 /// Shows a child's lines until it ends or its time is over.
-fn watch(
-    mut child: Child,
-    lines: &Receiver<String>,
-    limit: Duration,
-) -> Result<(Verdict, Vec<String>)> {
+fn watch(mut child: Child, lines: &Receiver<String>, limit: Duration) -> Result<Seen> {
     let start = Instant::now();
     let mut said = Vec::new();
     let group = Pid::from_raw(i32::try_from(child.id())?);
@@ -294,7 +318,12 @@ fn watch(
         Some(status) => verdict_of(status),
         None => Verdict::Fail,
     };
-    Ok((verdict, said))
+    let ended = status.is_some_and(|status| status.code().is_some());
+    Ok(Seen {
+        verdict,
+        said,
+        orderly: ended && !timed_out,
+    })
 }
 
 fn wait_killed(child: &mut Child) -> Result<Option<ExitStatus>> {

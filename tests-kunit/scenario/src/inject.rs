@@ -492,7 +492,8 @@ fn late_answer(ctx: &Ctx) -> Result<()> {
             .map_err(|_| anyhow!("the early reader panicked"))??;
         let seen = late
             .join()
-            .map_err(|_| anyhow!("the late reader panicked"))??;
+            .map_err(|_| anyhow!("the late reader panicked"))?
+            .context("the late reader")?;
         let expected: Vec<u8> = (0..PAGES)
             .flat_map(|page| content::bytes_of(&content::noise(page as u64)))
             .collect();

@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{bail, Context, Result};
 
 use crate::ctx::Setup;
-use crate::harness::{comment, run_case, Report, Verdict};
+use crate::harness::{comment, observe, run_case, Report, Seen, Verdict};
 use crate::sys::become_subreaper;
 
 /// One protection of the module that a debug build can take out.
@@ -20,6 +20,8 @@ struct Protection {
     prevents: &'static str,
     /// The case that must notice.
     case: &'static str,
+    /// A part of the line in which it says what it noticed.
+    says: &'static str,
     /// How it notices.
     sees: Sees,
     /// On the stock kernel: it needs 2 MiB pages or broken memory, which User-Mode Linux has not.
@@ -48,12 +50,14 @@ const fn small(
     name: &'static str,
     prevents: &'static str,
     case: &'static str,
+    says: &'static str,
     sees: Sees,
 ) -> Protection {
     Protection {
         name,
         prevents,
         case,
+        says,
         sees,
         stock: false,
         with: None,
@@ -65,6 +69,7 @@ const fn stock(
     name: &'static str,
     prevents: &'static str,
     case: &'static str,
+    says: &'static str,
     sees: Sees,
     with: Option<&'static str>,
 ) -> Protection {
@@ -72,6 +77,7 @@ const fn stock(
         name,
         prevents,
         case,
+        says,
         sees,
         stock: true,
         with,
@@ -79,11 +85,22 @@ const fn stock(
 }
 
 impl Sees {
-    fn fits(self, verdict: &Verdict) -> bool {
+    /// Whether it is that, said in a line that contains `says`: any case may fail, run out of time or
+    /// leave something for another reason. Who is killed says nothing.
+    fn fits(self, seen: &Seen, says: &str) -> bool {
+        let corrupt = seen.verdict == Verdict::Corrupt
+            && seen.said.iter().any(|line| {
+                line.split_once("data corrupted: ")
+                    .is_some_and(|(_, what)| what.contains(says))
+            });
         match self {
-            Sees::Corruption => *verdict == Verdict::Corrupt,
-            Sees::CorruptionOrBusError => matches!(verdict, Verdict::Corrupt | Verdict::BusError),
-            Sees::Otherwise(_) => *verdict == Verdict::Fail,
+            Sees::Corruption => corrupt,
+            Sees::CorruptionOrBusError => corrupt || seen.verdict == Verdict::BusError,
+            Sees::Otherwise(_) => {
+                seen.verdict == Verdict::Fail
+                    && seen.orderly
+                    && seen.said.iter().any(|line| line.contains(says))
+            }
         }
     }
 
@@ -101,6 +118,7 @@ const PROTECTIONS: &[Protection] = &[
         "zap",
         "a mapping that outlives the page in its slot",
         "torture/syscalls",
+        "read by",
         // The next write fault finds another page mapped than the slot's.
         Sees::CorruptionOrBusError,
     ),
@@ -108,18 +126,21 @@ const PROTECTIONS: &[Protection] = &[
         "freeze",
         "replacing a page that somebody else holds",
         "share/held-for-writing",
+        "a page",
         Sees::Corruption,
     ),
     small(
         "freeze",
         "compressing a page that somebody else holds",
         "contend/held",
+        "what the pipe held",
         Sees::Corruption,
     ),
     Protection {
         name: "compare",
         prevents: "merging pages whose hash alone is the same",
         case: "torture/mapping",
+        says: "read by",
         sees: Sees::Corruption,
         stock: false,
         with: Some("whole_hash"),
@@ -128,6 +149,7 @@ const PROTECTIONS: &[Protection] = &[
         name: "compare",
         prevents: "uniting shared pages whose hash alone is the same",
         case: "share/unlike-records",
+        says: " page ",
         sees: Sees::Corruption,
         stock: false,
         with: Some("whole_hash"),
@@ -136,12 +158,14 @@ const PROTECTIONS: &[Protection] = &[
         "read_only",
         "writing to a frame that others share",
         "torture/mapping",
+        "read by",
         Sees::Corruption,
     ),
     small(
         "punch_zap",
         "a mapping that outlives the page's hole",
         "torture/punch",
+        "read by",
         // The same, where what was there is mapped read-only.
         Sees::CorruptionOrBusError,
     ),
@@ -149,90 +173,105 @@ const PROTECTIONS: &[Protection] = &[
         "write_protect",
         "trusting a hash though a write would not be noticed",
         "share/write-noticed",
+        "pages_sharing: expected 128",
         WRONG_SHARING,
     ),
     small(
         "note_change",
         "trusting a hash after a write",
         "share/write-noticed",
+        "pages_sharing: expected 128",
         WRONG_SHARING,
     ),
     small(
         "unpinned",
         "trusting a hash while a pin may write",
         "share/late-pin",
+        "pages_sharing: expected 16",
         WRONG_SHARING,
     ),
     small(
         "border",
         "sharing over the border of a domain",
         "share/across-domains",
+        "pages_sharing over the border: expected 0",
         WRONG_SHARING,
     ),
     small(
         "unshare",
         "sharing on over a border that was just drawn",
         "share/domain-change",
+        "frames common to a and c: expected 0",
         WRONG_SHARING,
     ),
     small(
         "fresh_frame",
         "a sharer who chose where the common frame lies",
         "share/fresh-frame",
+        "has a frame that none of the two had",
         WRONG_SHARING,
     ),
     small(
         "zeroed",
         "showing a guest what another left in a frame",
         "mmap/fresh-is-zero",
+        "around a word",
         Sees::Corruption,
     ),
     small(
         "zero_hole",
         "showing again what a hole cut off",
         "fs/punch-unaligned",
+        "after a hole of",
         Sees::Corruption,
     ),
     small(
         "zero_hole",
         "showing again what a new end cut off",
         "fs/beyond-end",
+        "grown by",
         Sees::Corruption,
     ),
     small(
         "charge",
         "memory that no cgroup's limit holds back",
         "memcg/charge",
+        "pages of `kernel`: expected",
         Sees::Otherwise("pages that are not charged"),
     ),
     small(
         "reservation",
         "taking what is reserved for a VM",
         "contend/reservation",
+        "resident_kb of kept: expected",
         Sees::Otherwise("a VM below its reservation"),
     ),
     small(
         "throttle",
         "giving away what reclaim needs to go on",
         "contend/low",
+        "stalls of the large VM: expected",
         Sees::Otherwise("a VM that does not wait"),
     ),
     small(
         "encrypt",
         "a disk that tells what guests had in memory",
         "swap/encrypted",
+        "stamps of swapped pages: expected 0",
         Sees::Otherwise("plain text on the disk"),
     ),
     small(
         "checksum",
         "believing what a disk gives back",
         "swap/corrupt",
+        "page ",
         Sees::Corruption,
     ),
     small(
         "write_result",
         "giving a page up that was not written",
         "swap/write-fails",
+        "page ",
         // Its processes cannot read it again.
         Sees::CorruptionOrBusError,
     ),
@@ -240,42 +279,49 @@ const PROTECTIONS: &[Protection] = &[
         "swap_file",
         "taking what one swap file gave back for another's",
         "debug/late-answer",
+        "the late reader",
         Sees::Otherwise("a page that cannot be read"),
     ),
     small(
         "checksum",
         "believing what a disk gives back of a shared page",
         "swap/shared-corrupt",
+        "of a: byte",
         Sees::Corruption,
     ),
     small(
         "write_result",
         "giving a shared page up that was not written",
         "swap/shared-write-fails",
+        "page ",
         Sees::CorruptionOrBusError,
     ),
     small(
         "sharers",
         "a page with more sharers than max_page_sharing",
         "share/max-sharers",
+        "pages_shared: expected 16",
         Sees::Otherwise("more sharers than there may be"),
     ),
     small(
         "limit",
         "a VM that keeps more than its limit_kb",
         "contend/limit",
+        "within the limit",
         Sees::Otherwise("a VM above its limit"),
     ),
     small(
         "pool_cap",
         "compressed pages that take more than their part",
         "contend/cap",
+        "compressions_refused_pool_full",
         Sees::Otherwise("a pool above its cap"),
     ),
     stock(
         "nodes",
         "sharing between nodes that are to be kept apart",
         "ksm/numa-merge",
+        "0 pages shared by 0 more",
         WRONG_SHARING,
         None,
     ),
@@ -283,6 +329,7 @@ const PROTECTIONS: &[Protection] = &[
         "freeze",
         "splitting a folio that somebody holds a part of",
         "huge/split-held",
+        "what the pipe held",
         Sees::Corruption,
         None,
     ),
@@ -290,6 +337,7 @@ const PROTECTIONS: &[Protection] = &[
         "freeze",
         "collapsing a region of which somebody holds a page",
         "huge/collapse-held",
+        "what the pipe held",
         Sees::Corruption,
         // The look before the zap finds nearly all of them; it alone is not enough.
         Some("unpinned"),
@@ -298,6 +346,7 @@ const PROTECTIONS: &[Protection] = &[
         "punch_zap",
         "a mapping that outlives a folio's hole",
         "huge/holes",
+        "web page",
         Sees::Corruption,
         None,
     ),
@@ -305,6 +354,7 @@ const PROTECTIONS: &[Protection] = &[
         "zero_hole",
         "showing again what a hole in a folio cut off",
         "huge/holes",
+        "the zeroed",
         Sees::Corruption,
         None,
     ),
@@ -312,6 +362,7 @@ const PROTECTIONS: &[Protection] = &[
         "poison",
         "serving memory that is marked as broken",
         "host/hwpoison",
+        "a touch of broken memory went through",
         Sees::Otherwise("broken memory that is served"),
         None,
     ),
@@ -319,6 +370,7 @@ const PROTECTIONS: &[Protection] = &[
         "write_protect",
         "trusting the hash of a part though a write would not be noticed",
         "huge/write-noticed",
+        "protect_faults: expected",
         WRONG_SHARING,
         None,
     ),
@@ -326,6 +378,7 @@ const PROTECTIONS: &[Protection] = &[
         "note_change",
         "trusting the hash of a part after a write",
         "huge/write-noticed",
+        "splittable_kb: expected",
         WRONG_SHARING,
         None,
     ),
@@ -333,6 +386,7 @@ const PROTECTIONS: &[Protection] = &[
         "unpinned",
         "trusting the hash of a part while a pin may write",
         "huge/late-pin",
+        "pages hashed: expected",
         WRONG_SHARING,
         None,
     ),
@@ -340,6 +394,7 @@ const PROTECTIONS: &[Protection] = &[
         "split_reserve",
         "a split that waits for memory when there is none",
         "debug/split-reserve",
+        "expected splits of at least",
         Sees::Otherwise("nothing that is split"),
         None,
     ),
@@ -462,17 +517,20 @@ fn notices(setup: &Setup, protection: &Protection) -> Result<Verdict> {
         scale: setup.scale * LONGER,
         ..setup.clone()
     };
-    let seen = run_case(crate::case(protection.case)?, &patient);
+    let seen = observe(crate::case(protection.case)?, &patient);
     turn(&switch, false)?;
     let seen = seen?;
-    if protection.sees.fits(&seen) {
+    if protection.sees.fits(&seen, protection.says) {
         return Ok(Verdict::Pass);
     }
     comment(&format!(
-        "expected that {} sees {} without the protection from {}, seen {seen:?}",
+        "expected that {} sees {} without the protection from {}, and says {:?}; seen {:?}{}",
         protection.case,
         protection.sees.text(),
         protection.prevents,
+        protection.says,
+        seen.verdict,
+        if seen.orderly { "" } else { ", in disorder" },
     ));
     Ok(Verdict::Fail)
 }
@@ -480,4 +538,35 @@ fn notices(setup: &Setup, protection: &Protection) -> Result<Verdict> {
 fn turn(switch: &Path, out: bool) -> Result<()> {
     fs::write(switch, if out { "1" } else { "0" })
         .with_context(|| format!("write {}", switch.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Sees, WRONG_SHARING};
+    use crate::harness::{Seen, Verdict};
+
+    fn seen(verdict: Verdict, line: &str, orderly: bool) -> Seen {
+        Seen {
+            verdict,
+            said: vec!["seed 1".into(), line.into()],
+            orderly,
+        }
+    }
+
+    #[test]
+    fn only_what_is_expected_is_noticed() {
+        let says = "pages_sharing: expected 128";
+        let line = "pages_sharing: expected 128, seen 3";
+        assert!(WRONG_SHARING.fits(&seen(Verdict::Fail, line, true), says));
+        assert!(!WRONG_SHARING.fits(&seen(Verdict::Fail, line, false), says));
+        let other = "umount: EBUSY";
+        assert!(!WRONG_SHARING.fits(&seen(Verdict::Fail, other, true), says));
+        assert!(!WRONG_SHARING.fits(&seen(Verdict::Pass, line, true), says));
+        let corrupt = "child: data corrupted: page 4: byte 1";
+        assert!(Sees::Corruption.fits(&seen(Verdict::Corrupt, corrupt, false), "page "));
+        assert!(!Sees::Corruption.fits(&seen(Verdict::Corrupt, corrupt, true), "read by"));
+        assert!(!Sees::Corruption.fits(&seen(Verdict::BusError, corrupt, true), "page "));
+        let killed = seen(Verdict::BusError, "", false);
+        assert!(Sees::CorruptionOrBusError.fits(&killed, "read by"));
+    }
 }
