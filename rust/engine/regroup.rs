@@ -16,11 +16,12 @@ use super::{
     pools::{NotHad, Unread},
     region::RegionGuard,
     shared::{Key, SharedPage},
-    vm::{Domain, Scope, Vm},
+    vm::{Domain, Vm},
 };
 use crate::{
     logic::{
         huge::HugeWord,
+        scope::{Group, Scope},
         slot::{Class, State},
         tunables::ShareScope,
     },
@@ -67,16 +68,6 @@ impl Change<'_> {
     }
 }
 
-/// What the sharers of a record will be.
-#[derive(Clone, Copy, Eq, PartialEq)]
-enum Group {
-    Unseen,
-    /// All in this scope: the record moves with them.
-    One(Scope),
-    /// In several: those that are not in the record's own scope leave it.
-    Several,
-}
-
 /// Carries out `change`. ENOMEM without memory for all of it: then nothing was changed. EINTR when
 /// killed, EIO when a shared frame turns out to be broken memory: then the setting is what it was,
 /// but a part of the shares may be broken; the scanner makes them anew.
@@ -104,12 +95,10 @@ fn apply_held_still(
         if !protect::armed(Protection::Unshare) {
             return false;
         }
+        let group = groups.get(record as usize).copied();
+        let group = group.unwrap_or(Group::Several);
         let new = change.scope_of(guard.region().vm(), now);
-        let stays = match groups.get(record as usize) {
-            Some(Group::One(scope)) => *scope == new,
-            _ => host.index().scope_of(record) == Some(new),
-        };
-        new == Scope::NONE || !stays
+        group.breaks(new, host.index().scope_of(record))
     };
     let mut scratch = Scratch::new().ok_or(ENOMEM)?;
     bring_movers_back(host, &groups, &mut scratch)?;
@@ -187,12 +176,7 @@ fn groups(host: &Host, change: &Change<'_>, now: ShareScope) -> Result<KVVec<Gro
     each_shared(host, &mut |guard, _, record| {
         let new = change.scope_of(guard.region().vm(), now);
         if let Some(group) = groups.get_mut(record as usize) {
-            *group = match *group {
-                _ if new == Scope::NONE => *group,
-                Group::Unseen => Group::One(new),
-                Group::One(scope) if scope == new => Group::One(new),
-                _ => Group::Several,
-            };
+            *group = group.with(new);
         }
         Ok(None)
     })?;
@@ -202,14 +186,15 @@ fn groups(host: &Host, change: &Change<'_>, now: ShareScope) -> Result<KVVec<Gro
 /// Gives frames to the compressed records whose sharers will all be in another scope.
 fn bring_movers_back(host: &Host, groups: &[Group], scratch: &mut Scratch) -> Result {
     for (id, group) in (0u32..).zip(groups) {
-        let Group::One(scope) = group else {
-            continue;
-        };
         let index = host.index();
         let Some(SharedPage::Packed { node }) = index.page(id) else {
             continue;
         };
-        if index.scope_of(id) == Some(*scope) {
+        let published = index.scope_of(id);
+        if published
+            .and_then(|scope| group.moves_from(scope))
+            .is_none()
+        {
             continue;
         }
         if task::fatal_signal_pending() {
@@ -334,19 +319,15 @@ fn break_shares(
 
 /// Records whose sharers moved together are found under the new scope from here on.
 fn rename_records(host: &Host, groups: &[Group]) {
-    host.index()
-        .rename_records(|id, frame, old| match groups.get(id as usize) {
-            // Its memory is broken: it is not read again, and not found again.
-            _ if frame.as_ref().is_poisoned() => None,
-            Some(Group::One(scope)) if scope.0 != old.scope => {
-                let hash = hash::of_page(frame.as_ref(), host.seed(*scope));
-                Some(Key {
-                    hash,
-                    scope: *scope,
-                })
-            }
-            _ => None,
-        });
+    host.index().rename_records(|id, frame, old| {
+        // Broken memory is not read again, and not found again.
+        if frame.as_ref().is_poisoned() {
+            return None;
+        }
+        let scope = groups.get(id as usize)?.moves_from(Scope(old.scope))?;
+        let hash = hash::of_page(frame.as_ref(), host.seed(scope));
+        Some(Key { hash, scope })
+    });
 }
 
 impl Host {

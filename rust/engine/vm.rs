@@ -9,6 +9,7 @@ use super::{
     sample::{Sample, Standing},
     volume::Swap,
 };
+pub(crate) use crate::logic::scope::Scope;
 use crate::{
     logic::{
         bell::Request,
@@ -32,27 +33,6 @@ use kernel::{
     },
     time::msecs_to_jiffies,
 };
-
-/// Who shares with whom, as a number: pages meet only under equal numbers.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct Scope(pub(crate) u32);
-
-impl Scope {
-    /// Shares with nobody.
-    pub(crate) const NONE: Scope = Scope(0);
-    /// Everybody on the host.
-    pub(crate) const HOST: Scope = Scope(1);
-
-    /// All VMs of one domain.
-    pub(crate) fn of_domain(id: u32) -> Scope {
-        Scope(id.wrapping_mul(2).wrapping_add(2))
-    }
-
-    /// One VM alone.
-    pub(crate) fn of_vm(id: u32) -> Scope {
-        Scope(id.wrapping_mul(2).wrapping_add(3))
-    }
-}
 
 /// A name under which VMs share pages.
 pub(crate) struct Domain {
@@ -326,12 +306,7 @@ impl Vm {
 
     /// The same with another domain or `share` than it has now.
     pub(super) fn scope_with(&self, share_scope: ShareScope, shares: bool, domain: u32) -> Scope {
-        match share_scope {
-            _ if !shares => Scope::NONE,
-            ShareScope::Vm => Scope::of_vm(self.id),
-            ShareScope::Domain => Scope::of_domain(domain),
-            ShareScope::Host => Scope::HOST,
-        }
+        Scope::of(share_scope, shares, self.id, domain)
     }
 
     /// Whether its own ceiling allows `pages` more pages now.

@@ -27,6 +27,7 @@ pub mod options;
 pub mod pace;
 pub mod records;
 pub mod sample;
+pub mod scope;
 pub mod slot;
 pub mod state;
 mod sync;
@@ -36,7 +37,5 @@ pub mod tunables;
 mod loom_tests;
 #[cfg(test)]
 mod machine_tests;
-#[cfg(test)]
-mod scope;
 #[cfg(test)]
 mod slot_tests;

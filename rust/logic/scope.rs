@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Borders of sharing, and what becomes of shared pages when one is drawn anew: as in the engine.
+//! Borders of sharing, and what becomes of shared pages when one is drawn anew.
 
 use super::tunables::ShareScope;
 
