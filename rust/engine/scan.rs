@@ -627,7 +627,7 @@ fn is_known(slot: Slot, pass: u64, index: usize) -> bool {
 /// Gives a sharer that is alone a copy of its own, and the shared frame back to the host. The shared
 /// frame itself is nobody's: a pipe or a pin that was taken through another sharer must never see
 /// what is written from here on, and its memory was never charged.
-fn give_back(host: &Host, guard: &mut RegionGuard<'_>, index: usize, mut own: Frame) {
+pub(crate) fn give_back(host: &Host, guard: &mut RegionGuard<'_>, index: usize, mut own: Frame) {
     let slot = guard.slot(index);
     let Some(shared) = (host.index().page(slot.record())).and_then(SharedPage::frame) else {
         return;

@@ -775,6 +775,24 @@ impl Vms {
     }
 }
 
+#[cfg(CONFIG_KUNIT = "y")]
+impl Vms {
+    /// A VM of one file, without a directory in sysfs.
+    pub(crate) fn attach_for_test(&self, name: &[u8], domain: &[u8]) -> Result<Arc<Vm>> {
+        let mut list = self.list.lock();
+        let defaults = VmDefaults {
+            share: true,
+            scan_pages_per_sec: 0,
+            large_pages: None,
+            swap_dir: None,
+        };
+        let (id, domain) = (list.take_id(), list.domain(domain)?);
+        let vm = Vm::new(id, name, domain, &defaults, ShareScope::Domain)?;
+        list.vms.push(vm.clone(), GFP_KERNEL)?;
+        Ok(vm)
+    }
+}
+
 impl VmList {
     fn take_id(&mut self) -> u32 {
         let id = self.next_id;

@@ -48,11 +48,11 @@ pub(super) const FREE_LOW: u32 = 2 * WRITING_MAX as u32;
 const FAILED_US: u64 = 1_000_000;
 
 /// The clusters of a file.
-pub(super) struct Table(KVVec<Cluster>);
+pub(crate) struct Table(KVVec<Cluster>);
 
 impl Table {
     /// No cluster, and room for `capacity`.
-    pub(super) fn with_capacity(capacity: usize) -> Result<Table> {
+    pub(crate) fn with_capacity(capacity: usize) -> Result<Table> {
         Ok(Table(alloc::long_list(capacity)?))
     }
 
@@ -69,7 +69,7 @@ impl Table {
     }
 
     /// Adds free clusters up to `len`, as far as there is room.
-    pub(super) fn fill_up(&mut self, len: usize) {
+    pub(crate) fn fill_up(&mut self, len: usize) {
         while self.0.len() < len && self.0.push_within_capacity(Cluster::FREE).is_ok() {}
     }
 }
@@ -86,9 +86,12 @@ impl ClusterStore for Table {
     }
 }
 
-struct Filling {
-    fill: Fill,
-    buffer: UniqueArc<Buffer>,
+/// A cluster that is being filled.
+pub(crate) struct Filling {
+    /// What of it is taken.
+    pub(crate) fill: Fill,
+    /// Its bytes.
+    pub(crate) buffer: UniqueArc<Buffer>,
 }
 
 /// A full cluster on its way into the file.
@@ -610,18 +613,8 @@ impl Volume {
         }
     }
 
-    /// Encrypts an object into the cluster that is being filled.
     fn put(&mut self, bytes: &[u8]) -> Option<Place> {
-        let filling = self.filling.as_mut()?;
-        let size = object::size(bytes.len())?;
-        let place = self.clusters.place(&mut filling.fill, size)?;
-        let nonce = nonce(filling.fill.number(), place);
-        let room = Room::of(&mut filling.buffer.0[..], place.offset(), bytes.len())?;
-        room.body.copy_from_slice(bytes);
-        self.key.apply(nonce, room.body);
-        let seal = self.key.seal(nonce, room.body);
-        room.close(seal);
-        Some(place)
+        put(&self.key, &mut self.clusters, self.filling.as_mut()?, bytes)
     }
 
     /// Ends the filling of a cluster. True when there is one more to be written.
@@ -725,8 +718,25 @@ fn nonce(number: u64, place: Place) -> Nonce {
     }
 }
 
+/// Encrypts an object into the cluster that is being filled; `None` when it is full.
+pub(crate) fn put(
+    key: &Key,
+    clusters: &mut Clusters<Table>,
+    filling: &mut Filling,
+    bytes: &[u8],
+) -> Option<Place> {
+    let place = clusters.place(&mut filling.fill, object::size(bytes.len())?)?;
+    let nonce = nonce(filling.fill.number(), place);
+    let room = Room::of(&mut filling.buffer.0[..], place.offset(), bytes.len())?;
+    room.body.copy_from_slice(bytes);
+    key.apply(nonce, room.body);
+    let seal = key.seal(nonce, room.body);
+    room.close(seal);
+    Some(place)
+}
+
 /// Copies an object out of a cluster; `None` when it is not what was put in.
-fn open(
+pub(crate) fn open(
     key: &Key,
     buffer: &Buffer,
     number: u64,

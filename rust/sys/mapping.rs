@@ -44,6 +44,32 @@ impl MappingSource {
     }
 }
 
+/// An address space that nothing ever maps.
+#[cfg(CONFIG_KUNIT = "y")]
+struct Unmapped(kernel::types::Opaque<bindings::address_space>);
+
+// SAFETY: The address space has its own locks.
+#[cfg(CONFIG_KUNIT = "y")]
+unsafe impl Sync for Unmapped {}
+
+#[cfg(CONFIG_KUNIT = "y")]
+impl MappingSource {
+    /// That of a file that nothing ever maps.
+    pub(crate) fn for_test() -> MappingSource {
+        use core::sync::atomic::{AtomicBool, Ordering};
+        static UNMAPPED: Unmapped = Unmapped(kernel::types::Opaque::uninit());
+        static READY: AtomicBool = AtomicBool::new(false);
+        let space = UNMAPPED.0.get();
+        // Tests run one after the other.
+        if !READY.swap(true, Ordering::Relaxed) {
+            // SAFETY: Nobody uses it before; it clears all of it first.
+            unsafe { bindings::address_space_init_once(space) };
+        }
+        // SAFETY: The address of a static, which stays for as long as the module does.
+        MappingSource(unsafe { NonNull::new_unchecked(space) })
+    }
+}
+
 impl Mapping {
     /// Takes `pages` pages from `first` on out of every page table, KVM's included.
     #[inline]

@@ -146,36 +146,4 @@ mod tests {
         assert!(index.leave(two).is_some());
         Ok(())
     }
-
-    #[test]
-    fn hints_survive_growth() -> Result {
-        let registry = KBox::pin_init(Registry::new(), GFP_KERNEL)?;
-        let index = KBox::pin_init(SharedIndex::new(), GFP_KERNEL)?;
-        let hash = |page: u32| {
-            u64::from(page)
-                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-                .rotate_left(29)
-        };
-        const PAGES: u32 = 3000;
-        for page in 0..PAGES {
-            if page % 64 == 0 {
-                index.maintain(&registry, PAGES.into())?;
-            }
-            index.hint(hash(page), page, &registry);
-        }
-        let kept = (0..PAGES)
-            .filter(|&page| {
-                let mut found = [None; CANDIDATES];
-                index.find(key(hash(page)), u32::MAX, &mut found);
-                found
-                    .iter()
-                    .flatten()
-                    .any(|c| matches!(c, Candidate::Page(id) if *id == page))
-            })
-            .count();
-        // Hints whose owner is unknown are dropped when a row is folded: none of these pages exists.
-        assert!(kept > 0);
-        assert!(index.figures().bytes < u64::from(PAGES) * 16);
-        Ok(())
-    }
 }

@@ -610,7 +610,27 @@ fn bad_buffers(ctx: &Ctx) -> Result<()> {
     let mut expected = pages_bytes(1, 4);
     expected[..half].copy_from_slice(&page_bytes(900)[PAGE - 512..PAGE - 512 + half]);
     file.read_exact_at(&mut seen, 0)?;
-    bytes_are("after the half-good write", &seen, &expected)
+    bytes_are("after the half-good write", &seen, &expected)?;
+    // Beyond the end the file gets as long as what was written.
+    let end = 4 * PAGE as u64;
+    let beyond = sys::pwrite_from(&file, &buffer, PAGE, PAGE, end);
+    fails(
+        "write beyond the end from an unreadable page",
+        beyond,
+        Errno::EFAULT,
+    )?;
+    eq(
+        "length after nothing was written",
+        file.metadata()?.len(),
+        end,
+    )?;
+    let half = sys::pwrite_from(&file, &buffer, PAGE - 512, 1024, end)?;
+    let length = end + half as u64;
+    eq(
+        "length after half of it was",
+        file.metadata()?.len(),
+        length,
+    )
 }
 
 fn copy(ctx: &Ctx) -> Result<()> {
