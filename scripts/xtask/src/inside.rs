@@ -414,12 +414,19 @@ const LONG_CASES: &[Case] = &[
     },
 ];
 
+/// Those that watch thinramctl's daemon at work.
+const OF_THE_DAEMON: [&str; 3] = [
+    "libvirt_runs_a_guest_unprivileged",
+    "daemon_moves_balloons_to_where_pressure_is",
+    "guest_asks_the_daemon_through_its_agent",
+];
+
 /// Why a case does not run here, if so.
 fn why_not(case: &Case, fs: Fs) -> Result<Option<String>> {
     Ok(if case.module && fs != Fs::Thinram {
         Some(format!("needs the module, runs on {fs:?}"))
-    } else if case.name.starts_with("libvirt_") && is_debug_kernel()? {
-        Some("virsh takes longer there than the 10 s that the daemon gives it".into())
+    } else if OF_THE_DAEMON.contains(&case.name) && is_debug_kernel()? {
+        Some("virsh and QMP take longer there than the daemon's 10 s and 3 s".into())
     } else {
         None
     })
@@ -791,7 +798,14 @@ fn limited(ctx: &Ctx) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{CASES, LONG_CASES};
+    use super::{CASES, LONG_CASES, OF_THE_DAEMON};
+
+    #[test]
+    fn what_is_no_case_for_the_debug_kernel_exists() {
+        for name in OF_THE_DAEMON {
+            assert!(CASES.iter().any(|case| case.name == name), "{name}");
+        }
+    }
 
     #[test]
     fn guests_that_the_limits_name_exist() {
