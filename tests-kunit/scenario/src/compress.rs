@@ -162,8 +162,9 @@ fn limit(ctx: &Ctx) -> Result<()> {
     let size = 4 * PAGES as u64;
     eq("resident_kb before", vm.get("resident_kb")?, size)?;
     vm.set("limit_kb", size / 2)?;
-    until_vm(ctx, &guest, "resident_kb", "within the limit", |kb| {
-        kb <= size / 2
+    ctx.until("resident_kb within the limit", 10.0, || {
+        let kb = vm.get("resident_kb")?;
+        Ok((kb <= size / 2, kb.to_string()))
     })?;
     let stat = vm.stat()?;
     within("compressed_kb", stat.get("compressed_kb")?, size / 2, size)?;
@@ -300,7 +301,7 @@ fn cap(ctx: &Ctx) -> Result<()> {
     let vm = guest.sysfs(ctx);
     let refused = sys.get("compressions_refused_pool_full")?;
     force(ctx, "hard")?;
-    ctx.until_least("compressions_refused_pool_full", refused + 1, SOON)?;
+    ctx.until_least("compressions_refused_pool_full", refused + 1, 10.0)?;
     let pool = vm.get("compressed_pool_kb")?;
     // Up to the cap; half of it at least is used.
     let most = size / 10 + TRIED_KB;
