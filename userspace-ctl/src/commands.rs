@@ -164,7 +164,7 @@ fn status(cli: &Cli, watch: Option<Duration>, count: Option<u64>) -> anyhow::Res
 
 /// The daemon's report, where one runs and answers us.
 pub(crate) fn daemon_report(cli: &Cli) -> Option<Value> {
-    api::ask(&cli.root, &Request::Status).ok()
+    api::ask(&cli.root, &Request::Status {}).ok()
 }
 
 /// What the daemon says about a VM of the module.
@@ -185,7 +185,7 @@ fn record(
     time: Option<Duration>,
 ) -> anyhow::Result<()> {
     // Without a daemon no file is made.
-    let mut snapshot = api::ask(&cli.root, &Request::Snapshot)?;
+    let mut snapshot = api::ask(&cli.root, &Request::Snapshot {})?;
     let end = time.map(|time| Instant::now() + time);
     let mut file = match path {
         path if path == Path::new("-") => None,
@@ -206,7 +206,7 @@ fn record(
             return Ok(());
         }
         thread::sleep(interval);
-        snapshot = api::ask(&cli.root, &Request::Snapshot)?;
+        snapshot = api::ask(&cli.root, &Request::Snapshot {})?;
     }
 }
 

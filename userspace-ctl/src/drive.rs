@@ -335,7 +335,7 @@ fn balloon(cli: &Cli, vm: &str, size: &str, config: Option<&Path>) -> anyhow::Re
 }
 
 fn guests(cli: &Cli) -> anyhow::Result<()> {
-    let report = api::ask(&cli.root, &Request::Status)?;
+    let report = api::ask(&cli.root, &Request::Status {})?;
     if cli.json {
         output::print_json(&report, false)
     } else {

@@ -36,7 +36,7 @@ pub fn socket_path(root: &Path) -> PathBuf {
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Request {
     /// All guests.
-    Status,
+    Status {},
     /// The last decisions about a VM.
     Explain {
         /// Which one.
@@ -55,7 +55,7 @@ pub enum Request {
         vm: String,
     },
     /// What the policies decide from, now.
-    Snapshot,
+    Snapshot {},
     /// Adds a VM.
     Add {
         /// Its name.
@@ -400,8 +400,8 @@ mod tests {
             any::<bool>(),
         );
         prop_oneof![
-            Just(Request::Status),
-            Just(Request::Snapshot),
+            Just(Request::Status {}),
+            Just(Request::Snapshot {}),
             name().prop_map(|vm| Request::Explain { vm }),
             name().prop_map(|vm| Request::Release { vm }),
             name().prop_map(|vm| Request::Remove { vm }),

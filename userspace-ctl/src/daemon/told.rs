@@ -19,8 +19,8 @@ const PENDING_S: f64 = 5.0;
 impl Daemon {
     pub(super) fn answer(&mut self, request: Request) -> Result<Reply, String> {
         match request {
-            Request::Status => Ok(Reply::Status(Box::new(self.report()))),
-            Request::Snapshot => self.snapshot(),
+            Request::Status {} => Ok(Reply::Status(Box::new(self.report()))),
+            Request::Snapshot {} => self.snapshot(),
             Request::Explain { vm } => {
                 self.known(&vm)?;
                 let guest = self.controller.guests().get(&vm);
