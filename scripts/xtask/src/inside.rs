@@ -414,11 +414,10 @@ const LONG_CASES: &[Case] = &[
     },
 ];
 
-/// Those that watch thinramctl's daemon at work.
-const OF_THE_DAEMON: [&str; 3] = [
+/// Those that watch how fast thinramctl's daemon moves balloons.
+const OF_THE_DAEMON: [&str; 2] = [
     "libvirt_runs_a_guest_unprivileged",
     "daemon_moves_balloons_to_where_pressure_is",
-    "guest_asks_the_daemon_through_its_agent",
 ];
 
 /// Why a case does not run here, if so.
