@@ -63,7 +63,7 @@ pub const CASES: &[Case] = &[
         "whatever it asks for on the way to swap and back fails once: nothing is lost",
         fail_swap,
     )
-    .span(60.0),
+    .span(120.0),
     Case::thinram(
         "debug/fail-load",
         "whatever it asks for as it is loaded fails once: insmod is refused, the next one works",
