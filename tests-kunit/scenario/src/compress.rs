@@ -138,8 +138,20 @@ fn until_vm(
     what: &str,
     good: impl Fn(u64) -> bool,
 ) -> Result<()> {
+    until_vm_in(ctx, guest, name, what, SOON, good)
+}
+
+/// The same within `seconds`.
+fn until_vm_in(
+    ctx: &Ctx,
+    guest: &Guest,
+    name: &str,
+    what: &str,
+    seconds: f64,
+    good: impl Fn(u64) -> bool,
+) -> Result<()> {
     let vm = guest.sysfs(ctx);
-    ctx.until(&format!("{name} of {} {what}", guest.name), SOON, || {
+    ctx.until(&format!("{name} of {} {what}", guest.name), seconds, || {
         let seen = vm.get(name)?;
         vm.stat()?.check_sum()?;
         Ok((good(seen), seen.to_string()))
@@ -162,9 +174,8 @@ fn limit(ctx: &Ctx) -> Result<()> {
     let size = 4 * PAGES as u64;
     eq("resident_kb before", vm.get("resident_kb")?, size)?;
     vm.set("limit_kb", size / 2)?;
-    ctx.until("resident_kb within the limit", 10.0, || {
-        let kb = vm.get("resident_kb")?;
-        Ok((kb <= size / 2, kb.to_string()))
+    until_vm_in(ctx, &guest, "resident_kb", "within the limit", 10.0, |kb| {
+        kb <= size / 2
     })?;
     let stat = vm.stat()?;
     within("compressed_kb", stat.get("compressed_kb")?, size / 2, size)?;

@@ -157,11 +157,12 @@ fn numa_merge(ctx: &Ctx) -> Result<()> {
         let mount = ctx.mount("m", "size=64M,domain=lab")?;
         let guests = on_nodes(&mount, &nodes[..2], 1, b'*')?;
         sys.flat_out()?;
+        ctx.passes(3)?;
         if across == 1 {
             until_counts(ctx, 1, 1)?;
         } else {
-            ctx.passes(3)?;
             eq("pages_sharing between nodes", sys.get("pages_sharing")?, 0)?;
+            eq("pages_shared between nodes", sys.get("pages_shared")?, 0)?;
         }
         for guest in &guests {
             page_is(&guest.name, &guest.map.read_page(0), &of(b'*'))?;
